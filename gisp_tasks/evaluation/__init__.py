@@ -1,0 +1,1 @@
+"""Measures of a checkpoint: token perplexity and lm-eval tasks."""

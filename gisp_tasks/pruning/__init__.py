@@ -1,0 +1,1 @@
+"""The numbers as pure functions: no clock, no network, no environment."""

@@ -1,0 +1,320 @@
+"""The recipe: everything a user asks for, in one frozen value. The only reader of user input.
+
+A recipe is a YAML file. Unknown keys, wrong types and values out of range are refused here, before anything
+is loaded, with one message that says what was asked, what is allowed and what to do. What can only be known
+with the model and the data in hand is checked by `resolve_model`, before the first byte of a run is written.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gisp_tasks.errors import InputError
+from gisp_tasks.recipe_input import apply_settings, describe_errors, read_mapping
+from gisp_tasks.refs import canonical_json
+
+NAMED_DATASETS = ("c4", "wikitext2", "gsm8k", "embedded")
+FILE_DATASETS = ("tokens", "text")
+Level = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class _Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, a docstring a field."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=False, allow_inf_nan=False
+    )
+
+
+class ModelSection(_Section):
+    """Which weights are pruned."""
+
+    source: str = Field(min_length=1, max_length=1024)
+    """A model id of the Hugging Face hub, a local directory, or an s3:// prefix; safetensors only."""
+    revision: str | None = None
+    """Hub commit (40 hex digits) or branch; a branch, or null for `main`, is resolved to a commit at the start."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the weights while scoring and in the checkpoints; gradients accumulate in float32 in any case."""
+    trust_remote_code: bool = False
+    """Allow Python code that the model repository ships. Off by default; recorded in the manifest when on."""
+
+
+class CalibrationSection(_Section):
+    """The text whose loss decides what is removed."""
+
+    dataset: Literal["c4", "wikitext2", "gsm8k", "embedded", "tokens", "text"]
+    """A named data set, or one's own file: `tokens` (.npy, .safetensors) or `text` (.txt, .jsonl, .parquet)."""
+    split: str = "train"
+    """Split of a named data set."""
+    path: str | None = None
+    """The file, for `tokens` and `text`."""
+    sequences: int = Field(default=2000, ge=1, le=1_000_000)
+    """How many sequences are drawn."""
+    sequence_length: int = Field(default=256, ge=2, le=131_072)
+    """Tokens a sequence; the upper limit for data sets of items such as gsm8k."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the draw."""
+
+    @model_validator(mode="after")
+    def _path_belongs_to_files(self) -> Self:
+        if self.dataset in FILE_DATASETS and self.path is None:
+            raise ValueError(f"dataset={self.dataset} needs `path`, the file to read, and none was given")
+        if self.dataset in NAMED_DATASETS and self.path is not None:
+            raise ValueError(
+                f"path={self.path!r} was given with dataset={self.dataset}, which has no path; "
+                f"use dataset: text or dataset: tokens to read a file, or remove `path`"
+            )
+        return self
+
+
+class ImportanceSection(_Section):
+    """How a structure's importance is measured (METHOD: first-order, loss-based, global)."""
+
+    score: Literal["taylor"] = "taylor"
+    """`taylor`: sum over the structure's weights of |weight x gradient| of the whole set's loss."""
+    normaliser: Literal["elements", "reference"] = "elements"
+    """`elements`: the structure's own number of scored weights (the paper's Algorithm 1); `reference`: 4 x head_dim
+    x hidden for attention, 3 x intermediate for a channel (the published code)."""
+    granularity: Literal["kv_group"] = "kv_group"
+    """The attention structure: a key/value head with the query heads that share it."""
+    compat: Literal["default"] = "default"
+    """`default`: this project's method; every deviation from the paper is named in the manifest."""
+
+
+class ProtectSection(_Section):
+    """What is never removed."""
+
+    first_layers: float = Field(default=0.1, ge=0.0)
+    """Layers at the start: a fraction of them when below 1 (rounded down), else a number of layers."""
+    last_layers: float = Field(default=1, ge=0.0)
+    """Layers at the end: a fraction of them when below 1 (rounded down), else a number of layers."""
+    min_kv_groups: int = Field(default=1, ge=1)
+    """Key/value groups that every layer keeps."""
+    min_channels: int = Field(default=32, ge=1)
+    """MLP channels that every layer keeps."""
+
+    @field_validator("first_layers", "last_layers")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"{value} is neither a fraction below 1 nor a whole number of layers")
+        return value
+
+
+class PruningSection(_Section):
+    """How much is removed, in how many steps, into which shapes."""
+
+    levels: tuple[Level, ...] = Field(default=(0.2, 0.3, 0.4, 0.5), min_length=1, max_length=32)
+    """Parameter sparsity of the decoder layers, one level each, rising."""
+    steps: int = Field(default=30, ge=1, le=2000)
+    """K: scoring passes; the schedule is linear in parameter sparsity up to the last level."""
+    protect: ProtectSection = ProtectSection()
+    width_multiple: int = Field(default=32, ge=1, le=4096)
+    """MLP widths are rounded up to a multiple of this (32: fast kernels; 256: llama.cpp K-quants)."""
+    compensation: Literal["none"] = "none"
+    """What is done to the kept weights after the cut: nothing."""
+
+    @field_validator("levels")
+    @classmethod
+    def _levels_rise(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
+        for i, (low, high) in enumerate(zip(levels, levels[1:], strict=False)):
+            if high <= low:
+                raise ValueError(
+                    f"levels[{i + 1}]={high:g} does not rise above levels[{i}]={low:g}; "
+                    f"levels are nested, so write them in rising order without repetition"
+                )
+        names = [level_name(level) for level in levels]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two levels share a name ({', '.join(names)}); keep them 0.1 % apart")
+        return levels
+
+
+class TextEvaluation(_Section):
+    """Token perplexity in non-overlapping windows; the window is part of the metric's name."""
+
+    windows: tuple[Annotated[int, Field(ge=2)], ...] = Field(default=(128, 2048), min_length=1, max_length=8)
+    """Tokens a window; one longer than the model's context becomes the model's context."""
+    limit_tokens: int | None = Field(default=None, ge=2)
+    """Evaluate on this many leading tokens only; null: all."""
+
+
+class ProblemEvaluation(_Section):
+    """Exact match through lm-eval, and token perplexity of the reference solutions."""
+
+    shots: int = Field(default=5, ge=0, le=32)
+    """Solved examples before each question."""
+    limit: int | None = Field(default=None, ge=1)
+    """Problems to solve by generation; null: all."""
+    max_new_tokens: int = Field(default=256, ge=1, le=4096)
+    """Longest answer."""
+    batch_size: int = Field(default=8, ge=1, le=1024)
+    """Problems answered at once; scores depend on it, so it is recorded."""
+    limit_solutions: int | None = Field(default=None, ge=1)
+    """Reference solutions whose perplexity is taken; null: all."""
+
+
+class EvaluationSection(_Section):
+    """What every level, and the dense model, is measured on. Leave a key out to skip its task."""
+
+    wikitext2: TextEvaluation | None = None
+    """Token perplexity of the WikiText-2 (raw) test split."""
+    gsm8k: ProblemEvaluation | None = None
+    """Grade-school word problems, test split."""
+    embedded_text: TextEvaluation | None = None
+    """Token perplexity of the held-back part of the reference text that CPython ships. Works offline."""
+    embedded_arithmetic: ProblemEvaluation | None = None
+    """Generated arithmetic word problems in GSM8K's schema. Works offline."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the evaluations asked for, in the order of this class."""
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def perplexity_task(self) -> str | None:
+        """The text evaluation whose first window the gate and the report's curve read."""
+        return next((name for name in self.tasks if isinstance(getattr(self, name), TextEvaluation)), None)
+
+
+class MlflowSection(_Section):
+    """Where levels are registered."""
+
+    tracking_uri: str = Field(min_length=1)
+    """Tracking server, e.g. http://mlflow:5000. Credentials belong in the environment, never here."""
+    model_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]{0,199}$")
+    """The registered model; each level is one version of it."""
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_password(cls, uri: str) -> str:
+        return _refuse_credentials(uri)
+
+
+class GateSection(_Section):
+    """What a level must meet to get its alias; one that does not is registered with the tag gate=failed."""
+
+    max_perplexity_ratio: float | None = Field(default=4.0, gt=1.0)
+    """Perplexity of the level over that of the dense model, on the first window of the text evaluation."""
+
+
+class PublishSection(_Section):
+    """Where the run's artefacts go."""
+
+    store: str = Field(min_length=1)
+    """s3://bucket/prefix, or file:///directory."""
+    mlflow: MlflowSection | None = None
+    gate: GateSection = GateSection()
+
+    @field_validator("store")
+    @classmethod
+    def _known_scheme(cls, uri: str) -> str:
+        if not re.match(r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/|$)|file:///)", uri):
+            raise ValueError(f"store={uri!r} is neither s3://bucket/prefix nor file:///absolute/directory")
+        if ".." in uri.split("/"):
+            raise ValueError(f"store={uri!r} contains '..'; write the address in full")
+        return uri.rstrip("/")
+
+
+class AirflowSection(_Section):
+    """How the scheduler runs it."""
+
+    pool: str = "default_pool"
+    """Pool of the tasks that need an accelerator; it must exist in Airflow."""
+    queue: str | None = None
+    """Queue of the tasks that need an accelerator (Celery, Edge); null: the executor's default."""
+    steps_per_task: int = Field(default=1, ge=1, le=2000)
+    """Consecutive steps fused into one task that keeps the model loaded; the bytes are the same."""
+    schedule: str | None = None
+    """Cron expression or preset; null: started by hand or by the release watch."""
+    retries: int = Field(default=3, ge=0, le=20)
+    """Attempts after the first, for errors that may pass. Permanent errors are never tried again."""
+
+
+class Recipe(_Section):
+    """One model, one ladder."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    """Names the DAG and, by default, everything a user sees."""
+    model: ModelSection
+    calibration: CalibrationSection
+    objective: Literal["perplexity"] = "perplexity"
+    """`perplexity`: mean token cross-entropy of the calibration sequences."""
+    importance: ImportanceSection = ImportanceSection()
+    pruning: PruningSection = PruningSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    publish: PublishSection
+    airflow: AirflowSection = AirflowSection()
+
+    @model_validator(mode="after")
+    def _gate_has_its_measure(self) -> Self:
+        if self.publish.gate.max_perplexity_ratio is not None and self.evaluation.perplexity_task is None:
+            raise ValueError(
+                "publish.gate.max_perplexity_ratio is set, but the recipe has no text evaluation to measure it; "
+                "add evaluation.wikitext2 (or embedded_text), or set publish.gate.max_perplexity_ratio to null"
+            )
+        return self
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """`sp20` for parameter sparsity 0.2, and so on."""
+        return tuple(level_name(level) for level in self.pruning.levels)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of a run: all but the addresses it is published to and how it is scheduled."""
+        value = self.model_dump(mode="json", exclude={"airflow"})
+        del value["publish"]["store"]
+        if value["publish"]["mlflow"]:
+            del value["publish"]["mlflow"]["tracking_uri"]
+        return value
+
+    def to_json(self) -> bytes:
+        """Canonical JSON of the whole recipe."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path | str, settings: tuple[str, ...] = (), store: str | None = None) -> "Recipe":
+        """Read a recipe file.
+
+        Args:
+            path: the YAML file.
+            settings: ``key.path=value`` overrides, values in YAML.
+            store: replaces ``publish.store``.
+
+        Raises:
+            InputError: the file is missing or too large, is not a YAML mapping, or asks for what is not allowed.
+        """
+        value = read_mapping(Path(path))
+        apply_settings(value, settings, cls)
+        if store is not None:
+            if not isinstance(value.setdefault("publish", {}), dict):
+                raise InputError(f"{path}: publish must be a mapping")
+            value["publish"]["store"] = store
+        return cls.parse(value, origin=str(path))
+
+    @classmethod
+    def parse(cls, value: Any, origin: str = "recipe") -> "Recipe":
+        """Validate a mapping; errors name ``origin`` and every offending key.
+
+        Raises:
+            InputError: as in `load`.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise InputError(describe_errors(error, cls, origin)) from None
+
+
+def level_name(sparsity: float) -> str:
+    """`sp20` for 0.2, `sp37.5` for 0.375."""
+    return f"sp{round(sparsity * 100, 1):g}"
+
+
+def _refuse_credentials(uri: str) -> str:
+    if re.match(r"^[a-z][a-z0-9+.-]*://[^/@]*:[^/@]*@", uri):
+        raise ValueError(
+            "the address carries a user name and password; put them in the environment "
+            "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD) or an Airflow connection"
+        )
+    return uri

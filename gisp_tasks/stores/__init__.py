@@ -1,0 +1,1 @@
+"""Where artefacts and versions live: S3 or a directory, MLflow, the manifest."""

@@ -1,0 +1,1 @@
+"""One file per DAG task: refs in, refs out."""
