@@ -5,6 +5,7 @@ is loaded, with one message that says what was asked, what is allowed and what t
 with the model and the data in hand is checked by `resolve_model`, before the first byte of a run is written.
 """
 
+import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -119,7 +120,7 @@ class PruningSection(_Section):
     @field_validator("levels")
     @classmethod
     def _levels_rise(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
-        for i, (low, high) in enumerate(zip(levels, levels[1:], strict=False)):
+        for i, (low, high) in enumerate(itertools.pairwise(levels)):
             if high <= low:
                 raise ValueError(
                     f"levels[{i + 1}]={high:g} does not rise above levels[{i}]={low:g}; "

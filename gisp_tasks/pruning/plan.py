@@ -1,0 +1,157 @@
+"""What a recipe means for a model, before anything is loaded: steps, levels, sizes, memory, artefact names."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gisp_tasks.errors import InputError
+from gisp_tasks.pruning.ranking import Limits, limits_of, smallest_model
+from gisp_tasks.pruning.schedule import completing_steps, step_targets
+from gisp_tasks.pruning.structures import Geometry
+from gisp_tasks.recipe import Recipe, level_name
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_TOKENS_A_MICRO_BATCH = 2048
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """One level: how small its model must be, and after which step it can be cut.
+
+    Args:
+        sparsity: parameter sparsity of the decoder layers, at least.
+        max_parameters: of the whole model (decoder layers at ``sparsity``, plus everything else).
+        max_bytes: of the weights in the recipe's dtype.
+        after_step: the step that completes it.
+    """
+
+    name: str
+    sparsity: float
+    max_parameters: int
+    max_bytes: int
+    after_step: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: the parameter sparsity to reach, and the levels it completes."""
+
+    number: int
+    target_sparsity: float
+    completes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pure function of a recipe and a geometry.
+
+    Args:
+        micro_batch: sequences a forward pass while scoring.
+        scoring_bytes: estimate of the memory that one scoring pass takes: weights, float32 gradients, logits.
+        scoring_flops: estimate of the operations of all scoring passes together.
+    """
+
+    geometry: Geometry
+    dense_parameters: int
+    dense_bytes: int
+    steps: tuple[StepPlan, ...]
+    levels: tuple[LevelPlan, ...]
+    micro_batch: int
+    scoring_bytes: int
+    scoring_flops: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def level(self, name: str) -> LevelPlan:
+        """The level of that name."""
+        return next(level for level in self.levels if level.name == name)
+
+
+def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
+    """Plan a run.
+
+    Raises:
+        InputError: the levels cannot be reached with what the recipe protects, or the sequences are longer than
+            the model's context.
+    """
+    limits = limits_of(recipe.pruning.protect, recipe.pruning.width_multiple, geometry.num_layers)
+    _check_reach(recipe, geometry, limits)
+    if recipe.calibration.sequence_length > geometry.max_positions:
+        raise InputError(
+            f"calibration.sequence_length={recipe.calibration.sequence_length} is more than the model's context of "
+            f"{geometry.max_positions} tokens; lower it"
+        )
+    levels, targets = recipe.pruning.levels, step_targets(recipe.pruning.steps, recipe.pruning.levels[-1])
+    after = completing_steps(levels, recipe.pruning.steps)
+    size = DTYPE_BYTES[recipe.model.dtype]
+    dense = geometry.decoder_parameters + geometry.other_parameters
+    level_plans = []
+    for sparsity, step in zip(levels, after, strict=True):
+        parameters = geometry.max_parameters(sparsity) + geometry.other_parameters
+        level_plans.append(LevelPlan(level_name(sparsity), sparsity, parameters, parameters * size, step))
+    steps = tuple(
+        StepPlan(number, target, tuple(level.name for level in level_plans if level.after_step == number))
+        for number, target in enumerate(targets, 1)
+    )
+    micro_batch = max(1, _TOKENS_A_MICRO_BATCH // recipe.calibration.sequence_length)
+    tokens = recipe.calibration.sequences * recipe.calibration.sequence_length
+    return Plan(
+        geometry=geometry,
+        dense_parameters=dense,
+        dense_bytes=dense * size,
+        steps=steps,
+        levels=tuple(level_plans),
+        micro_batch=micro_batch,
+        scoring_bytes=_scoring_bytes(recipe, geometry, micro_batch, size),
+        scoring_flops=6.0 * tokens * (dense * len(targets) - geometry.decoder_parameters * sum([0.0, *targets[:-1]])),
+    )
+
+
+def _check_reach(recipe: Recipe, geometry: Geometry, limits: Limits) -> None:
+    reach = 1 - smallest_model(geometry, limits) / geometry.decoder_parameters
+    last = recipe.pruning.levels[-1]
+    if smallest_model(geometry, limits) > geometry.max_parameters(last):
+        raise InputError(
+            f"pruning.levels[{len(recipe.pruning.levels) - 1}]={last:g} was asked, but pruning.protect keeps "
+            f"{int(limits.protected.sum())} of {geometry.num_layers} layers, {limits.min_kv_groups} kv groups and "
+            f"{limits.min_channels} channels a layer, which leaves at most {np.floor(reach * 1000) / 1000:g}; lower "
+            f"the level or protect less"
+        )
+
+
+def _scoring_bytes(recipe: Recipe, geometry: Geometry, micro_batch: int, size: int) -> int:
+    tokens = micro_batch * recipe.calibration.sequence_length
+    weights = (geometry.decoder_parameters + geometry.other_parameters) * size
+    gradients = geometry.decoder_parameters * 4
+    logits = 3 * 4 * tokens * geometry.vocab_size
+    widths = 6 * geometry.hidden_size + 4 * geometry.intermediate_size
+    activations = size * tokens * geometry.num_layers * widths
+    return weights + gradients + logits + activations
+
+
+class Keys:
+    """Names of a run's artefacts below its prefix."""
+
+    RECIPE = "recipe.yaml"
+    PLAN = "plan.json"
+    MODEL = "model.json"
+    TOKENS = "calibration/tokens.safetensors"
+    CALIBRATION = "calibration/tokens.json"
+    ORDER = "removal_order.safetensors"
+    MANIFEST = "manifest.json"
+    REPORT = "report.html"
+    SUMMARY = "summary.json"
+
+    @staticmethod
+    def step(number: int, name: str) -> str:
+        """`steps/0007/scores.safetensors` and its like."""
+        return f"steps/{number:04d}/{name}"
+
+    @staticmethod
+    def level(level: str, name: str) -> str:
+        """`levels/sp20/evaluation.json` and its like."""
+        return f"levels/{level}/{name}"
