@@ -8,7 +8,7 @@ import copy
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import Any
 import datasets
 import lm_eval
 import lm_eval.api.task
-import lm_eval.models.huggingface
 import lm_eval.tasks
 import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
 import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from gisp_tasks.errors import InputError
 from gisp_tasks.recipe import ProblemEvaluation
@@ -85,30 +86,15 @@ def exact_match(
     rows = datasets.DatasetDict({"train": _read(files.train), "test": _read(files.test)})
     _check_shots(rows["train"].num_rows, section.shots, files.train)
     with _quiet_lm_eval():
-        lm = lm_eval.models.huggingface.HFLM(
-            # lm-eval gives a tokenizer without a pad token one; the caller's stays as it is.
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            batch_size=section.batch_size,
-        )
+        # lm-eval gives a tokenizer without a pad token one; the caller's stays as it is.
+        lm = _QuietLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=section.batch_size)
         _check_answer_fits(lm.max_length, section.max_new_tokens)
-        loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([_task_config(rows, section, name)])
+        loaded = TaskManager(include_defaults=False).load([_task_config(rows, section, name)])
         task = loaded["tasks"][name]
         task.set_fewshot_seed(FEWSHOT_SEED)
         # `evaluate`, not `simple_evaluate`: the latter asks the hub for the model's commit and runs git and pip.
         results = lm_eval.evaluate(lm, loaded, limit=section.limit, log_samples=False)
-        num_cut = _num_cut_prompts(lm, task, section.max_new_tokens)
-    if num_cut:
-        logger.warning(
-            "%s: %d of %d prompts were cut from the left, since the model's context of %d tokens has no room for "
-            "%d shots and an answer of %d tokens",
-            name,
-            num_cut,
-            len(task.instances),
-            lm.max_length,
-            section.shots,
-            section.max_new_tokens,
-        )
+    num_cut = _num_cut_prompts(lm, task, section)
     protocol = {
         "harness": f"lm-eval {lm_eval.__version__}",
         "task": name,
@@ -153,29 +139,31 @@ def _task_config(rows: datasets.DatasetDict, section: ProblemEvaluation, name: s
 
 def _read(path: Path) -> datasets.Dataset:
     """The questions and answers of a file."""
+    if not path.is_file():
+        raise InputError(f"word problems {path}: no such file. Give the path of a .parquet or .jsonl file")
     try:
-        if path.suffix == ".parquet":
-            table = pyarrow.parquet.read_table(path, schema=None)
-        elif path.suffix == ".jsonl":
-            # With a given schema nothing is guessed: a number or a date inside quotes stays a string.
-            options = pyarrow.json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore")
-            table = pyarrow.json.read_json(path, parse_options=options)
-        else:
-            raise InputError(f"word problems {path}: a file of this kind is not read. Give .parquet or .jsonl")
-        table = table.select(_SCHEMA.names).cast(_SCHEMA)
-    except FileNotFoundError:
-        raise InputError(f"word problems {path}: no such file. Give the path of a .parquet or .jsonl file") from None
+        table = _READERS[path.suffix](path).select(_SCHEMA.names).cast(_SCHEMA)
     except (KeyError, ValueError, pa.ArrowException) as error:
         raise InputError(
-            f"word problems {path}: not readable ({' '.join(str(error).split())}). Every row needs the texts "
-            f"`question` and `answer`, as in GSM8K"
+            f"word problems {path}: not readable ({' '.join(str(error).split())}). A .parquet or .jsonl file is "
+            f"needed whose rows have the texts `question` and `answer`, as in GSM8K"
         ) from None
-    if table.num_rows == 0 or any(column.null_count for column in table.columns):
+    num_incomplete = sum(column.null_count for column in table.columns)
+    if table.num_rows == 0 or num_incomplete:
         raise InputError(
-            f"word problems {path}: {table.num_rows} rows, some without a question or an answer. "
-            f"At least one row is needed, and every row needs both texts; repair the file"
+            f"word problems {path}: {table.num_rows} rows, in which {num_incomplete} texts are missing. At least "
+            f"one row is needed, and each with the texts `question` and `answer`; repair the file"
         )
     return datasets.Dataset(table)
+
+
+def _read_jsonl(path: Path) -> pa.Table:
+    # With a given schema nothing is guessed: a number or a date inside quotes stays a text.
+    options = pyarrow.json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore")
+    return pyarrow.json.read_json(path, parse_options=options)
+
+
+_READERS: dict[str, Callable[[Path], pa.Table]] = {".parquet": pyarrow.parquet.read_table, ".jsonl": _read_jsonl}
 
 
 def _check_shots(num_train: int, shots: int, path: Path) -> None:
@@ -194,10 +182,23 @@ def _check_answer_fits(context: int, max_new_tokens: int) -> None:
         )
 
 
-def _num_cut_prompts(lm: Any, task: Any, max_new_tokens: int) -> int:
-    room = lm.max_length - max_new_tokens
-    prompts = (instance.args[0] for instance in task.instances)
-    return sum(lm.tok_batch_encode([prompt])[0].shape[1] > room for prompt in prompts)
+def _num_cut_prompts(lm: Any, task: Any, section: ProblemEvaluation) -> int:
+    """How many prompts lm-eval had to cut; said aloud when there are any."""
+    room = lm.max_length - section.max_new_tokens
+    prompts = [instance.args[0] for instance in task.instances]
+    num_cut: int = sum(lm.tok_batch_encode([prompt])[0].shape[1] > room for prompt in prompts)
+    if num_cut:
+        logger.warning(
+            "%s: %d of %d prompts were cut from the left: the model's context of %d tokens has no room for "
+            "%d shots, the question and an answer of %d tokens",
+            task.config.task,
+            num_cut,
+            len(prompts),
+            lm.max_length,
+            section.shots,
+            section.max_new_tokens,
+        )
+    return num_cut
 
 
 def _metrics(scores: dict[str, Any], name: str) -> dict[str, float]:
@@ -211,19 +212,23 @@ def _metrics(scores: dict[str, Any], name: str) -> dict[str, float]:
     return metrics
 
 
+class _QuietLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
+    """HFLM without the progress bar."""
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """As in HFLM."""
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+
+
 @contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
-    """Without lm-eval's progress bars, which it does not let a caller turn off, and its log below errors."""
-    parent = logging.getLogger("lm_eval")
-    level = parent.level
-    modules = (lm_eval.api.task, lm_eval.models.huggingface)
-    bars = [module.tqdm for module in modules]
+    """Without lm-eval's log below errors, and the progress bar that it does not let a caller turn off."""
+    parent, level = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
+    bar = lm_eval.api.task.tqdm
     parent.setLevel(logging.ERROR)
-    for module, bar in zip(modules, bars, strict=True):
-        module.tqdm = functools.partial(bar, disable=True)
+    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
         parent.setLevel(level)
-        for module, bar in zip(modules, bars, strict=True):
-            module.tqdm = bar
+        lm_eval.api.task.tqdm = bar

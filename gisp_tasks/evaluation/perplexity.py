@@ -75,10 +75,8 @@ def token_perplexity(model: Any, token_ids: torch.Tensor, *, window: int, batch_
             f"is needed. Evaluate on more text (limit_tokens) or choose a shorter window"
         )
     windows = token_ids[: num_windows * window].view(num_windows, window)
-    batches = windows.split(max(1, batch_tokens // window))
-    is_target = torch.ones(window, dtype=torch.bool)
-    is_target[0] = False
-    nll = _total_nll(model, ((batch, is_target.expand(batch.shape)) for batch in batches))
+    batches = torch.split(windows, max(1, batch_tokens // window))
+    nll = _total_nll(model, ((batch, torch.ones_like(batch, dtype=torch.bool)) for batch in batches))
     return _result(nll, num_targets=num_windows * (window - 1), num_windows=num_windows, window=window)
 
 
@@ -154,7 +152,10 @@ def _padded(batch: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Ten
 
 @torch.inference_mode()
 def _total_nll(model: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Sum of the targets' losses in nats, of batches of (token ids [B, T], is target [B, T])."""
+    """Sum of the targets' losses in nats, of batches of (token ids [B, T], is target [B, T]).
+
+    A sequence's first token has nothing before it, so it never counts.
+    """
     model.eval()
     total = 0.0
     for token_ids, is_target in batches:
@@ -172,9 +173,8 @@ def _total_nll(model: Any, batches: Iterable[tuple[torch.Tensor, torch.Tensor]])
 def _row_nll(logits: torch.Tensor, targets: torch.Tensor, is_target: torch.Tensor) -> float:
     """Sum over one sequence's targets, from logits [T - 1, V]; widened piece by piece, to bound the memory."""
     total = 0.0
-    for piece, ids, mask in zip(
-        logits.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), is_target.split(_ROWS_AT_ONCE), strict=True
-    ):
+    pieces = zip(*(torch.split(part, _ROWS_AT_ONCE) for part in (logits, targets, is_target)), strict=True)
+    for piece, ids, mask in pieces:
         nll = cross_entropy(piece.float(), ids, reduction="none").to("cpu", torch.float64)
         total += float(nll[mask].sum())
     return total

@@ -44,7 +44,7 @@ def write_mlmodel(directory: Path, *, digest: str, metadata: Mapping[str, str] |
     Equal inputs give equal bytes: the model's identifier is taken from ``digest`` and no time is written.
 
     Args:
-        directory: holds ``model/`` with config.json, tokenizer.json and tokenizer_config.json.
+        directory: holds ``model/`` with config.json, tokenizer_config.json, the tokenizer and the weights.
         digest: hex SHA-256 of the checkpoint.
         metadata: shown by ``Model.metadata``, e.g. base model, revision and level.
 
@@ -68,7 +68,7 @@ def write_mlmodel(directory: Path, *, digest: str, metadata: Mapping[str, str] |
 
 
 def _read_config(checkpoint: Path) -> dict[str, Any]:
-    needed = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    needed = ("config.json", "tokenizer_config.json")
     missing = [name for name in needed if not (checkpoint / name).is_file()]
     if missing:
         raise InputError(

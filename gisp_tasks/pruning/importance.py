@@ -23,7 +23,7 @@ from torch.nn import functional
 from gisp_tasks.errors import NumericsError, PermanentError
 from gisp_tasks.pruning.families import FAMILIES, ROWS, Projection
 from gisp_tasks.pruning.objectives import CalibrationSet
-from gisp_tasks.pruning.ranking import StructureScores
+from gisp_tasks.pruning.scores import StructureScores
 from gisp_tasks.pruning.structures import Geometry, KeepSets
 
 logger = logging.getLogger(__name__)
@@ -87,17 +87,26 @@ def score(
             micro_batch //= 2
             torch.cuda.empty_cache()
             logger.warning("Out of memory: the micro-batch is halved to %d sequences", micro_batch)
-    if not np.isfinite(objective):
-        raise NumericsError(f"the objective over the calibration set is {objective}; check the weights and the dtype")
+    _finite(objective)
     scores = _structure_scores(weights, gradients, keep, geometry, settings)
     return ScoringResult(scores, objective, micro_batch)
 
 
 def objective_value(model: nn.Module, calibration: CalibrationSet, micro_batch: int = 1) -> float:
-    """The objective alone, without gradients (float64 sum of float32 token losses)."""
+    """The objective alone, without gradients (float64 sum over micro-batches).
+
+    Raises:
+        NumericsError: it is not finite.
+    """
     with torch.inference_mode():
-        losses = [_batch_loss(model, batch) for batch in _batches(calibration, micro_batch, _device(model))]
-    return float(sum(losses)) if losses else 0.0
+        losses = [_batch_loss(model, batch).double() for batch in _batches(calibration, micro_batch, _device(model))]
+    return _finite(float(sum(losses)))
+
+
+def _finite(objective: float) -> float:
+    if not np.isfinite(objective):
+        raise NumericsError(f"the objective over the calibration set is {objective}; check the weights and the dtype")
+    return objective
 
 
 @dataclass(frozen=True)
@@ -131,15 +140,18 @@ def _accumulate(
         key: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for key, weight in weights.items()
     }
-    hooks = [weight.register_post_accumulate_grad_hook(_adder(accumulators[key])) for key, weight in weights.items()]
+    hooks = [weight.register_post_accumulate_grad_hook(_adder(accumulators[key])) for key, weight in weights.items()]  # type: ignore[no-untyped-call]
     # A power of two: exact, and it keeps the gradients of half-precision weights from underflowing.
     scale = 2.0 ** round(np.log2(max(calibration.num_targets, 1)))
     try:
         total = torch.zeros((), dtype=torch.float64, device=_device(model))
-        for batch in _batches(calibration, micro_batch, _device(model)):
+        num_batches = -(-calibration.num_sequences // micro_batch)
+        for number, batch in enumerate(_batches(calibration, micro_batch, _device(model)), 1):
             loss = _batch_loss(model, batch)
             (loss * scale).backward()
             total += loss.detach().double()
+            if number % max(1, num_batches // 5) == 0:
+                logger.info("scored %d of %d micro-batches", number, num_batches)
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gisp_tasks.errors import InputError, NumericsError
+from gisp_tasks.pruning.scores import StructureScores
 from gisp_tasks.pruning.structures import Geometry, KeepSets, Kind, Removals, parameters_along
 from gisp_tasks.recipe import ProtectSection
 
@@ -25,17 +26,6 @@ class Limits:
     min_kv_groups: int
     min_channels: int
     width_multiple: int
-
-
-@dataclass(frozen=True)
-class StructureScores:
-    """Scores by structure: float32 ``attention`` [L, K] and ``mlp`` [L, F].
-
-    NaN where already removed, +inf where protected.
-    """
-
-    attention: NDArray[np.float32]
-    mlp: NDArray[np.float32]
 
 
 def limits_of(protect: ProtectSection, width_multiple: int, num_layers: int) -> Limits:

@@ -1,0 +1,156 @@
+"""A level as a Hugging Face directory: dense sliced tensors under the ordinary names, a configuration by layer.
+
+`per_layer_config` is transformers' own schema, but no stock model class builds layers of different sizes yet, so
+the directory carries a short modelling file (`export/modeling`), named in `auto_map`.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from gisp_tasks.errors import InputError
+from gisp_tasks.export.safetensors_stream import TensorPlan, shards, write_safetensors
+from gisp_tasks.pruning.families import ROWS, family_of, kept_positions
+from gisp_tasks.pruning.structures import Geometry, KeepSets
+from gisp_tasks.refs import canonical_json
+
+SHARD_BYTES = 5_000_000_000
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+
+
+def write_checkpoint(base: Path, out: Path, *, geometry: Geometry, keep: KeepSets, dtype: str) -> int:
+    """Write the subnetwork ``keep`` of the model in ``base`` to ``out``, tensor by tensor.
+
+    Args:
+        base: directory of the dense model.
+        out: directory to fill.
+        geometry: of the dense model.
+        keep: what stays.
+        dtype: of the tensors written, a torch name.
+
+    Returns:
+        The number of parameters written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    with _OpenCheckpoint(base) as source:
+        tensors = list(_planned_tensors(source, config, geometry, keep))
+        files = shards(tensors, dtype=torch_dtype, max_bytes=SHARD_BYTES)
+        weight_map: dict[str, str] = {}
+        for number, part in enumerate(files, 1):
+            name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            write_safetensors(out / name, part, dtype=torch_dtype)
+            weight_map.update({plan.name: name for plan in part})
+    if len(files) > 1:
+        total = sum(plan.num_bytes(torch_dtype) for plan in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / _INDEX).write_bytes(canonical_json(index))
+    (out / "config.json").write_bytes(canonical_json(pruned_config(config, geometry, keep, dtype)))
+    family = config["model_type"]
+    module = f"modeling_pruned_{family}.py"
+    (out / module).write_text((resources.files("gisp_tasks.export.modeling") / module).read_text())
+    for name in (*_TOKENIZER_FILES, "generation_config.json"):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, out / name)
+    return sum(int(torch.Size(plan.shape).numel()) for plan in tensors)
+
+
+def pruned_config(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets, dtype: str) -> dict[str, Any]:
+    """The configuration of a level: the base model's, with the sizes of each layer."""
+    family = str(config["model_type"])
+    title = "Pruned" + family.capitalize()
+    groups, widths = keep.attention.sum(axis=1), keep.mlp.sum(axis=1)
+    return {
+        **config,
+        "model_type": f"pruned_{family}",
+        "architectures": [f"{title}ForCausalLM"],
+        "auto_map": {auto: f"modeling_pruned_{family}.{title}{suffix}" for auto, suffix in _CLASSES.items()},
+        "head_dim": geometry.head_dim,
+        "dtype": dtype,
+        "per_layer_config": {
+            str(layer): {
+                "num_attention_heads": int(groups[layer]) * geometry.queries_per_group,
+                "num_key_value_heads": int(groups[layer]),
+                "intermediate_size": int(widths[layer]),
+            }
+            for layer in range(geometry.num_layers)
+        },
+    }
+
+
+class _OpenCheckpoint:
+    """The safetensors files of a model directory, opened lazily, addressed by tensor name."""
+
+    def __init__(self, directory: Path) -> None:
+        index = directory / _INDEX
+        weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else None
+        names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
+        self._paths = {name: directory / name for name in names}
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = weight_map or {}
+
+    def __enter__(self) -> "_OpenCheckpoint":
+        for name, path in self._paths.items():
+            self._files[name] = safe_open(path, framework="pt")
+            self._file_of.update(dict.fromkeys(self._files[name].keys(), name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
+        return tensor
+
+
+def _planned_tensors(
+    source: _OpenCheckpoint, config: Mapping[str, Any], geometry: Geometry, keep: KeepSets
+) -> Iterator[TensorPlan]:
+    """Every tensor of the base model, sliced where a projection says so."""
+    cuts = _cuts(config, geometry, keep)
+    missing = [name for name in cuts if name not in source.names() and name.endswith("weight")]
+    if missing:
+        raise InputError(f"the model lacks the tensor {missing[0]}; its files do not match its config.json")
+    for name in source.names():
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            continue  # tied models may carry a copy of the embeddings
+        shape = source.shape(name)
+        if name not in cuts:
+            yield TensorPlan(name, shape, lambda name=name: source.tensor(name))  # type: ignore[misc]
+            continue
+        axis, index = cuts[name]
+        sliced = (*shape[:axis], len(index), *shape[axis + 1 :])
+        yield TensorPlan(
+            name,
+            sliced,
+            lambda name=name, axis=axis, index=index: source.tensor(name).index_select(axis, index),  # type: ignore[misc]
+        )
+
+
+def _cuts(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets) -> dict[str, tuple[int, torch.Tensor]]:
+    """Tensor name -> (axis, positions that stay), for weights and for the biases that follow rows."""
+    cuts = {}
+    for layer in range(geometry.num_layers):
+        for projection in family_of(config).projections.values():
+            index = torch.from_numpy(kept_positions(geometry, keep, layer, projection.structure))
+            stem = f"model.layers.{layer}.{projection.path}"
+            cuts[f"{stem}.weight"] = (projection.axis, index)
+            if projection.axis == ROWS:
+                cuts[f"{stem}.bias"] = (0, index)
+    return cuts

@@ -1,0 +1,118 @@
+"""Loading checkpoints, and the proof that an exported level is the masked base model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gisp_tasks.errors import InputError, NumericsError
+from gisp_tasks.pruning.structures import Geometry, KeepSets
+from gisp_tasks.pruning.surgery import mask_model
+
+# EXPORT.md rule 4: expected float32 difference of logits up to 32 in size, for kv groups.
+MAX_LOGIT_DIFFERENCE = 2e-4
+
+
+@dataclass(frozen=True)
+class ReloadProof:
+    """Sliced checkpoint against masked dense model, both float32.
+
+    Args:
+        max_logit_difference: largest absolute difference of a logit.
+        greedy_equal: the first ``greedy_tokens`` greedy tokens are the same.
+        num_tokens: tokens of the prompt that was compared.
+    """
+
+    max_logit_difference: float
+    greedy_equal: bool
+    greedy_tokens: int
+    num_tokens: int
+    tolerance: float
+
+
+def load_model(directory: Path, *, dtype: str, trust_remote_code: bool = False, device: str | None = None):  # type: ignore[no-untyped-def]
+    """A causal language model in evaluation mode, parameters frozen.
+
+    Args:
+        directory: a Hugging Face directory.
+        dtype: torch name of the type to hold weights in.
+        trust_remote_code: run modelling code that the directory carries. A level's own code is this package's.
+        device: by default the accelerator, if there is one.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{directory.name}: transformers cannot load this model: {error}") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False):  # type: ignore[no-untyped-def]
+    """The tokenizer of a model directory.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # tokenizers raise many types for a broken file
+        raise InputError(f"the model has no tokenizer that transformers can load: {error}") from error
+
+
+def prove_reload(
+    base: Path, level: Path, *, geometry: Geometry, keep: KeepSets, prompt: list[int], greedy_tokens: int = 16
+) -> ReloadProof:
+    """Reload an exported level and compare it with the masked base model.
+
+    Args:
+        base: directory of the dense model.
+        level: directory of the exported level.
+        geometry: of the dense model.
+        keep: what the level keeps.
+        prompt: token ids to compare on.
+        greedy_tokens: greedy tokens to compare after the prompt.
+
+    Raises:
+        NumericsError: they are not the same model.
+    """
+    ids = torch.tensor([prompt])
+    masked = load_model(base, dtype="float32", device="cpu")
+    # Weights are compared as the level holds them: rounded to its own dtype, then computed in float32.
+    masked.to(_stored_dtype(level)).to(torch.float32)
+    mask_model(masked, geometry, keep)
+    expected, expected_tokens = _logits_and_greedy(masked, ids, greedy_tokens)
+    del masked
+    sliced = load_model(level, dtype="float32", device="cpu", trust_remote_code=True)
+    found, found_tokens = _logits_and_greedy(sliced, ids, greedy_tokens)
+    difference = float((expected - found).abs().max())
+    proof = ReloadProof(
+        max_logit_difference=difference,
+        greedy_equal=bool(torch.equal(expected_tokens, found_tokens)),
+        greedy_tokens=greedy_tokens,
+        num_tokens=len(prompt),
+        tolerance=MAX_LOGIT_DIFFERENCE,
+    )
+    if not difference <= MAX_LOGIT_DIFFERENCE:
+        raise NumericsError(
+            f"the exported level is not the masked base model: logits differ by {difference:.3g}, allowed is "
+            f"{MAX_LOGIT_DIFFERENCE:g}; the checkpoint was not published"
+        )
+    return proof
+
+
+def _stored_dtype(directory: Path) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, json.loads((directory / "config.json").read_text())["dtype"])
+    return dtype
+
+
+def _logits_and_greedy(model: torch.nn.Module, ids: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits
+        tokens = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+    return logits, tokens

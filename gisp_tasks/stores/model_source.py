@@ -1,0 +1,189 @@
+"""Where base weights come from: a hub at a commit, a directory, an s3:// prefix; safetensors only.
+
+A *model record* names the weights for good: source, revision, and the sha256 of every file. It is JSON-ready, and
+`locate` finds the same files again on any machine, or refuses.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gisp_tasks.errors import InputError, IntegrityError, RetryableError
+from gisp_tasks.recipe import ModelSection
+from gisp_tasks.refs import DirectoryListing, sha256_bytes, sha256_file
+from gisp_tasks.stores.artifacts import open_store
+
+logger = logging.getLogger(__name__)
+
+_NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "LICENSE*")
+_CODE = ("*.py",)
+HUB_COMMIT = "hub commit"
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+def resolve(section: ModelSection) -> dict[str, Any]:
+    """The record of the model that a recipe names.
+
+    Raises:
+        InputError: no such model, no safetensors, or code of its own that the recipe does not allow.
+        RetryableError: the hub or the store did not answer.
+    """
+    revision = ""
+    if section.source.startswith("s3://"):
+        directory = _download_prefix(section.source)
+    elif _is_hub_id(section.source):
+        revision = _hub_commit(section.source, section.revision)
+        directory = _hub_snapshot(section.source, revision, section.trust_remote_code)
+    else:
+        directory = _local_directory(section)
+    config = _read_config(directory, section)
+    files = {
+        name: {"sha256": sha, "size": size}
+        for name, (sha, size) in DirectoryListing.of(directory).files.items()
+        if _is_wanted(name, section.trust_remote_code)
+    }
+    return {
+        "source": section.source,
+        "revision": revision or sha256_bytes(json.dumps(files, sort_keys=True).encode())[:40],
+        "revision_kind": HUB_COMMIT if revision else "digest of the files",
+        "trust_remote_code": section.trust_remote_code,
+        "config": config,
+        "files": files,
+    }
+
+
+def locate(record: Mapping[str, Any]) -> Path:
+    """The directory of a resolved model on this machine, downloaded if need be, every file verified.
+
+    Raises:
+        IntegrityError: the files are not those of the record.
+        InputError: the directory is gone.
+        RetryableError: the hub or the store did not answer.
+    """
+    source = record["source"]
+    if source.startswith("s3://"):
+        directory = _cache_of(source)
+        if _first_difference(directory, record["files"]):
+            _download_prefix(source)
+    elif record["revision_kind"] == HUB_COMMIT:
+        directory = _hub_snapshot(source, record["revision"], record["trust_remote_code"])
+    else:
+        directory = Path(source).expanduser()
+    different = _first_difference(directory, record["files"])
+    if different:
+        raise IntegrityError(
+            f"model {source}: the file {different} is no longer the one that this run began with "
+            f"(sha256 {record['files'][different]['sha256'][:12]}…); restore it, or start a new run of the recipe"
+        )
+    return directory
+
+
+def _first_difference(directory: Path, files: Mapping[str, Any]) -> str | None:
+    """The first file that is missing or not as recorded."""
+    for name, entry in files.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry["size"] or sha256_file(path) != entry["sha256"]:
+            return name
+    return None
+
+
+def _is_hub_id(source: str) -> bool:
+    return bool(_HUB_ID.match(source)) and not Path(source).exists()
+
+
+def _local_directory(section: ModelSection) -> Path:
+    directory = Path(section.source).expanduser()
+    if not directory.is_dir():
+        raise InputError(
+            f"model.source={section.source!r}: no such directory, and not an 'owner/name' of the hub or an s3:// "
+            f"prefix; give the path of a Hugging Face model directory"
+        )
+    if section.revision is not None:
+        raise InputError(
+            f"model.revision={section.revision!r} was given for the local directory {section.source}, which has no "
+            f"revisions: its files' digests identify it; remove model.revision"
+        )
+    return directory
+
+
+def _read_config(directory: Path, section: ModelSection) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {section.source}: config.json cannot be read ({error}); give a complete model") from None
+    if not any(directory.glob("*.safetensors")):
+        others = sorted(path.name for path in directory.glob("*.bin"))
+        raise InputError(
+            f"model {section.source}: no .safetensors file was found ({', '.join(others) or 'no weights at all'}); "
+            f"only safetensors are read, because other formats can run code; convert the weights"
+        )
+    if "auto_map" in config and not section.trust_remote_code:
+        raise InputError(
+            f"model {section.source}: it ships Python code of its own (auto_map in config.json), which is not run "
+            f"unless the recipe allows it; read that code, then set model.trust_remote_code: true"
+        )
+    return config
+
+
+def _is_wanted(name: str, with_code: bool) -> bool:
+    patterns = (*_NEEDED, *_CODE) if with_code else _NEEDED
+    return "/" not in name and not name.startswith(".") and any(Path(name).match(pattern) for pattern in patterns)
+
+
+def _hub_commit(source: str, revision: str | None) -> str:
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        commit = HfApi().model_info(source, revision=revision, timeout=30).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise InputError(
+            f"model.source={source!r}, revision={revision or 'main'}: the hub has no such model or revision, or it is "
+            f"private; check the name, or give a token in HF_TOKEN. A local model needs the path of its directory"
+        ) from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise InputError(
+            f"model.source={source!r} is no directory here, so the model hub was asked, which cannot be reached "
+            f"({type(error).__name__}); give a local directory or an s3:// prefix, or make the hub reachable"
+        ) from None
+    if not commit:
+        raise InputError(f"model {source}: the hub names no commit for revision {revision or 'main'}; pin one")
+    return commit
+
+
+def _hub_snapshot(source: str, commit: str, with_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*_NEEDED, *(_CODE if with_code else ())]
+    try:
+        return Path(snapshot_download(source, revision=commit, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise RetryableError(f"model {source}@{commit}: the download failed: {type(error).__name__}") from error
+
+
+def _cache_of(uri: str) -> Path:
+    cache = Path(os.environ.get("GISP_CACHE", "~/.cache/gisp")).expanduser()
+    return cache / "models" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def _download_prefix(uri: str) -> Path:
+    """Copy the objects right below an s3:// prefix into the cache of this machine."""
+    directory = _cache_of(uri)
+    store = open_store(uri)
+    names = [key for key in store.keys() if _is_wanted(key, with_code=True)]
+    if not names:
+        raise InputError(f"model.source={uri!r}: no model file lies below this prefix; give that of a model directory")
+    for stale in directory.glob("*"):
+        if stale.name not in names:
+            stale.unlink()
+    for name in names:
+        store.copy_out(name, directory / name)
+    return directory

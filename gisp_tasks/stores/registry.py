@@ -1,0 +1,380 @@
+"""The MLflow tracking server: one MLflow run per pipeline run, one model version per level.
+
+Every call may be repeated: a run is found again by its tag `gisp.run_id`, a version by its level, digest, run and
+source. So a task that was killed between two calls does the rest when it is tried again. Credentials come from
+MLflow's own environment variables and nowhere else; nothing here changes MLflow's process-wide state.
+"""
+
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from gisp_tasks.errors import GispError, InputError, PermanentError, RegistryUnavailableError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
+    from mlflow.entities.model_registry import ModelVersion
+
+logger = logging.getLogger(__name__)
+
+RUN_TAG = "gisp.run_id"
+LEVEL_TAG = "gisp.level"
+DIGEST_TAG = "gisp.digest"
+GATE_TAG = "gate"
+
+_SQLITE = "sqlite:///"
+_SET_LOGIN = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+_PROBE_TIMEOUT_S = 4  # to connect, and again to answer
+_PARAMS_PER_BATCH = 100
+_MAX_PARAM_CHARACTERS = 6000
+_MAX_DIGEST_CHARACTERS = 36
+_MAX_REASON_CHARACTERS = 500
+_RETRYABLE_STATUSES = (408, 409, 429, 499)  # and 5xx
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelVersion:
+    """A level, uploaded and evaluated, as it is to be registered.
+
+    Args:
+        model_name: the registered model.
+        level: name of the level, e.g. ``sp40``.
+        source: address of the directory that holds its ``MLmodel``.
+        digest: hex SHA-256 of that directory's listing.
+        run_id: the pipeline run that made it.
+        mlflow_run: the MLflow run of that pipeline run.
+        gate_passed: whether it may be served under its alias.
+        tags: what else a reader of the registry should see, e.g. key metrics, parameters, base revision.
+    """
+
+    model_name: str
+    level: str
+    source: str
+    digest: str
+    run_id: str
+    mlflow_run: str
+    gate_passed: bool
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def all_tags(self) -> dict[str, str]:
+        """`tags` and those that this module reads again."""
+        gate = "passed" if self.gate_passed else "failed"
+        own = {RUN_TAG: self.run_id, LEVEL_TAG: self.level, DIGEST_TAG: self.digest, GATE_TAG: gate}
+        return {**self.tags, **own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredVersion:
+    """One version of a registered model; ``alias`` is that of its level, if it points to this version."""
+
+    name: str
+    version: int
+    alias: str | None
+    tags: Mapping[str, str]
+
+
+def alias_name(level: str) -> str:
+    """The alias of a level: its name, with ``_`` for the dot that MLflow does not allow (sp37.5 -> sp37_5)."""
+    return level.replace(".", "_")
+
+
+class MlflowRegistry:
+    """A tracking server with its model registry.
+
+    Args:
+        tracking_uri: ``http://…``, ``https://…``, or ``sqlite:///PATH`` for a database file without a server.
+
+    Raises:
+        InputError: another kind of address, or one that carries a password.
+    """
+
+    def __init__(self, tracking_uri: str) -> None:
+        if "@" in urlsplit(tracking_uri).netloc:
+            raise InputError(
+                f"publish.mlflow.tracking_uri: the address carries a user name or a password, which logs would show; "
+                f"only an address without them is allowed. {_SET_LOGIN}"
+            )
+        if not tracking_uri.startswith(("http://", "https://", _SQLITE)):
+            raise InputError(
+                f"publish.mlflow.tracking_uri={tracking_uri}: not the address of a tracking server; http://, https:// "
+                f"and {_SQLITE}PATH are allowed. Give one of these, e.g. http://mlflow:5000"
+            )
+        self._uri = tracking_uri
+        self._remote = not tracking_uri.startswith(_SQLITE)
+        self._database = Path(tracking_uri.removeprefix(_SQLITE))  # read only where there is no server
+
+    def check(self) -> None:
+        """Ask the tracking server one question, without MLflow's minutes of retries.
+
+        Raises:
+            InputError: no tracking server answers at the address, or it refuses these credentials.
+        """
+        if self._remote:
+            found, needed = self._probe_server(), "a running MLflow tracking server that accepts this user is needed"
+            advice = f"Start it or correct the address; for a login: {_SET_LOGIN}"
+        else:
+            found, needed = self._probe_database(), "a database file that MLflow can write is needed"
+            advice = "Correct the path or its permissions, or name one that does not exist yet"
+        if found is not None:
+            raise InputError(f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; {needed}. {advice}")
+
+    def check_source(self, uri: str) -> None:
+        """Whether a version may point below ``uri``.
+
+        Raises:
+            InputError: a tracking server does not take addresses of this machine's files.
+        """
+        if self._remote and urlsplit(uri).scheme in ("", "file"):
+            raise InputError(
+                f"publish.store={uri} with publish.mlflow.tracking_uri={self._uri}: the store is a directory of this "
+                f"machine, and an MLflow server registers only addresses that its clients can reach, such as "
+                f"s3://bucket/prefix. Use an s3:// store, or {_SQLITE}PATH as tracking_uri"
+            )
+
+    def open_run(
+        self, *, experiment: str, run_id: str, parameters: Mapping[str, Any], datasets: Sequence[Mapping[str, str]]
+    ) -> str:
+        """The MLflow run of a pipeline run, found by its tag or created, and set running.
+
+        Args:
+            experiment: created if missing.
+            run_id: the pipeline run.
+            parameters: the recipe; sections are flattened to dotted names. A parameter that the run has already
+                keeps its value, since MLflow allows no other.
+            datasets: each with ``name``, ``source`` (an address), ``digest`` (hex SHA-256) and ``context``
+                (calibration or evaluation). MLflow keeps 36 characters of the digest; the tag `gisp.sha256` of the
+                input has all of it.
+
+        Returns:
+            MLflow's own run id.
+        """
+        with self._mapped(f"open the MLflow run of {run_id}"):
+            experiment_id = self._experiment_id(experiment)
+            found = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
+            run = found[0] if found else self._client.create_run(experiment_id, tags={RUN_TAG: run_id}, run_name=run_id)
+            mlflow_run: str = run.info.run_id
+            if run.info.status != "RUNNING":
+                self._client.update_run(mlflow_run, status="RUNNING")
+            self._log_parameters(mlflow_run, flatten(parameters), known=run.data.params)
+            self._client.log_inputs(mlflow_run, datasets=[_dataset_input(dataset) for dataset in datasets])
+        return mlflow_run
+
+    def log_metrics(self, mlflow_run: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Write metrics; MLflow allows letters, digits and ``_-./: `` in their names."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        with self._mapped(f"log metrics to MLflow run {mlflow_run}"):
+            self._client.log_batch(mlflow_run, metrics=[Metric(k, v, now_ms, step) for k, v in metrics.items()])
+
+    def log_text(self, mlflow_run: str, text: str, *, artifact_file: str) -> None:
+        """Write a small text as a file of the run."""
+        with self._mapped(f"write {artifact_file} to MLflow run {mlflow_run}"):
+            self._client.log_text(mlflow_run, text, artifact_file)
+
+    def log_artifact(self, mlflow_run: str, path: Path, *, artifact_path: str | None = None) -> None:
+        """Copy a small file to the run, into its directory ``artifact_path``."""
+        with self._mapped(f"write {path.name} to MLflow run {mlflow_run}"):
+            self._client.log_artifact(mlflow_run, str(path), artifact_path)
+
+    def close_run(self, mlflow_run: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Set the run's last status."""
+        with self._mapped(f"close MLflow run {mlflow_run}"):
+            self._client.set_terminated(mlflow_run, status)
+
+    def register_level(self, level: LevelVersion) -> RegisteredVersion:
+        """Make a level a version of its registered model, once.
+
+        A level that passed its gate gets the alias `alias_name`, taken from the version that had it before. One
+        that failed gets the tag ``gate=failed`` and no alias, and leaves an earlier alias where it is.
+
+        Raises:
+            InputError: as `check_source`.
+        """
+        self.check_source(level.source)
+        with self._mapped(f"register {level.level} as a version of {level.model_name}"):
+            version = self._find_version(level) or self._create_version(level)
+            number = str(version.version)
+            for key, value in level.all_tags.items():
+                if version.tags.get(key) != value:
+                    self._client.set_model_version_tag(level.model_name, number, key, value)
+            alias = alias_name(level.level) if level.gate_passed else None
+            if alias is not None:
+                self._client.set_registered_model_alias(level.model_name, alias, number)
+        logger.info("%s is version %s of %s, gate %s", level.level, number, level.model_name, level.all_tags[GATE_TAG])
+        return RegisteredVersion(name=level.model_name, version=int(number), alias=alias, tags=level.all_tags)
+
+    def versions(self, model_name: str) -> list[RegisteredVersion]:
+        """All versions of a registered model by rising number; none if there is no such model."""
+        with self._mapped(f"list the versions of {model_name}"):
+            found = self._client.search_model_versions(f"name = '{model_name}'")
+            aliases = self._client.get_registered_model(model_name).aliases if found else {}
+        numbers = {alias: int(number) for alias, number in aliases.items()}
+        registered = []
+        for version in sorted(found, key=_number):
+            number, alias = _number(version), alias_name(version.tags.get(LEVEL_TAG, ""))
+            held = alias if numbers.get(alias) == number else None
+            registered.append(RegisteredVersion(name=model_name, version=number, alias=held, tags=dict(version.tags)))
+        return registered
+
+    @cached_property
+    def _client(self) -> "MlflowClient":
+        from mlflow import MlflowClient
+
+        # Both addresses are given, so that MLFLOW_REGISTRY_URI cannot send versions elsewhere than runs.
+        return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+
+    def _probe_server(self) -> str | None:
+        """What is wrong with the server, or None."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request
+
+        try:
+            # A question that needs a login, unlike /health; the client's own calls take no time limit.
+            response = http_request(  # type: ignore[no-untyped-call]
+                get_default_host_creds(self._uri),  # type: ignore[no-untyped-call]
+                "/api/2.0/mlflow/experiments/search",
+                "GET",
+                params={"max_results": 1},
+                max_retries=0,
+                timeout=_PROBE_TIMEOUT_S,
+                raise_on_status=False,
+            )
+        except MlflowException as error:
+            return f"no answer ({error.message})"
+        if response.status_code in (401, 403):
+            return f"the server refuses the credentials (HTTP {response.status_code})"
+        if response.status_code != 200 or "json" not in response.headers.get("content-type", ""):
+            return f"what answers there is no MLflow tracking server in service (HTTP {response.status_code})"
+        return None
+
+    def _probe_database(self) -> str | None:
+        """What is wrong with the database file, or None. MLflow creates a missing one."""
+        try:
+            self._database.parent.mkdir(parents=True, exist_ok=True)
+            # Before MLflow does: it tries an unusable file ten times over minutes.
+            with closing(sqlite3.connect(self._database)) as connection:
+                connection.execute("PRAGMA schema_version")
+            with self._mapped("read the database"):
+                self._client.search_experiments(max_results=1)
+        except (OSError, sqlite3.Error, GispError) as error:
+            return f"the database cannot be used ({error})"
+        return None
+
+    def _experiment_id(self, name: str) -> str:
+        # Without a server, MLflow would put artefacts under the current directory.
+        beside = None if self._remote else (self._database.absolute().parent / "mlartifacts").as_uri()
+        _create_unless_there(lambda: self._client.create_experiment(name, artifact_location=beside))
+        found = self._client.get_experiment_by_name(name)
+        if found is None or found.lifecycle_stage == "deleted":
+            raise InputError(
+                f"experiment {name!r} was asked for, and found deleted on {self._uri}; runs go only into an active "
+                f"experiment. Restore it (mlflow experiments restore) or delete it for good (mlflow gc)"
+            )
+        return str(found.experiment_id)
+
+    def _log_parameters(self, mlflow_run: str, parameters: Mapping[str, str], *, known: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        new = [Param(k, v[:_MAX_PARAM_CHARACTERS]) for k, v in parameters.items() if k not in known]
+        for start in range(0, len(new), _PARAMS_PER_BATCH):
+            self._client.log_batch(mlflow_run, params=new[start : start + _PARAMS_PER_BATCH])
+
+    def _find_version(self, level: LevelVersion) -> "ModelVersion | None":
+        found = self._client.search_model_versions(
+            f"name = '{level.model_name}' and tag.`{DIGEST_TAG}` = '{level.digest}' "
+            f"and tag.`{LEVEL_TAG}` = '{level.level}' and tag.`{RUN_TAG}` = '{level.run_id}'"
+        )
+        # The same run published to another store is another version: the old address may be gone.
+        return min((v for v in found if v.source == level.source), key=_number, default=None)
+
+    def _create_version(self, level: LevelVersion) -> "ModelVersion":
+        _create_unless_there(lambda: self._client.create_registered_model(level.model_name))
+        # The tags travel with the creation, so that a version is never without those it is found by.
+        return self._client.create_model_version(
+            level.model_name, level.source, run_id=level.mlflow_run, tags=level.all_tags
+        )
+
+    @contextmanager
+    def _mapped(self, action: str) -> Iterator[None]:
+        """Turn every failure of MLflow into one of this package's errors."""
+        from mlflow.exceptions import MlflowException
+        from requests import HTTPError
+
+        try:
+            yield
+        except MlflowException as error:
+            status = error.get_http_status_code()  # type: ignore[no-untyped-call]
+            raise self._error(action, status, error.message) from error
+        except HTTPError as error:  # from the artefact calls
+            status = error.response.status_code if error.response is not None else 503
+            raise self._error(action, status, str(error)) from error
+
+    def _error(self, action: str, status: int, message: str) -> GispError:
+        reason = f"could not {action} at {self._uri}: {_shorten(message)}"
+        if status in (401, 403):
+            return InputError(
+                f"{reason}. The server refused (HTTP {status}); a user who may do this is needed. {_SET_LOGIN}"
+            )
+        if status in _RETRYABLE_STATUSES or status >= 500:
+            return RegistryUnavailableError(reason)
+        return PermanentError(reason)
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as one, with dotted keys; what is no string becomes JSON."""
+    flat: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat.update(flatten(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item if isinstance(item, str) else json.dumps(item)
+    return flat
+
+
+def _dataset_input(dataset: Mapping[str, str]) -> "DatasetInput":
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    scheme = urlsplit(dataset["source"]).scheme
+    kind = {"": "local", "file": "local", "https": "http"}.get(scheme, scheme)  # MLflow's names of kinds of source
+    return DatasetInput(
+        dataset=Dataset(
+            name=dataset["name"],
+            digest=dataset["digest"][:_MAX_DIGEST_CHARACTERS],
+            source_type=kind,
+            source=json.dumps({"url" if kind == "http" else "uri": dataset["source"]}),
+        ),
+        tags=[InputTag(MLFLOW_DATASET_CONTEXT, dataset["context"]), InputTag("gisp.sha256", dataset["digest"])],
+    )
+
+
+def _create_unless_there(create: Callable[[], object]) -> None:
+    """Create what may exist already, by an earlier run or by one at the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        create()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _number(version: "ModelVersion") -> int:
+    return int(version.version)
+
+
+def _shorten(message: str) -> str:
+    text = " ".join(message.split())
+    return text if len(text) <= _MAX_REASON_CHARACTERS else f"{text[:_MAX_REASON_CHARACTERS]}…"

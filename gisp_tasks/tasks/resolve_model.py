@@ -1,0 +1,97 @@
+"""First task of a run: everything that can be wrong with the input is found here, before the first byte is written."""
+
+import logging
+from pathlib import Path
+
+from gisp_tasks import __version__
+from gisp_tasks.data import calibration as calibration_data
+from gisp_tasks.errors import InputError, NumericsError
+from gisp_tasks.pruning.families import geometry_of
+from gisp_tasks.pruning.objectives import CalibrationSet
+from gisp_tasks.pruning.plan import Keys, make_plan
+from gisp_tasks.recipe import Recipe
+from gisp_tasks.refs import canonical_json, sha256_bytes
+from gisp_tasks.stores import model_source
+from gisp_tasks.stores.artifacts import open_store
+from gisp_tasks.stores.registry import MlflowRegistry
+from gisp_tasks.tasks.evaluate import evaluation_sources
+from gisp_tasks.tasks.runtime import Json
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_model(recipe: Json, revision: str | None = None) -> Json:
+    """Check the whole input, pin the model, and publish recipe, model record and plan.
+
+    Args:
+        recipe: as data.
+        revision: pins the model instead of the recipe's own revision (given by the release watch).
+
+    Returns:
+        Reference of ``plan.json``, by which every later task finds the run.
+
+    Raises:
+        InputError: anything of the input cannot be used; nothing was written.
+    """
+    parsed = Recipe.parse(recipe)
+    if revision is not None:
+        parsed = parsed.model_copy(update={"model": parsed.model.model_copy(update={"revision": revision})})
+    open_store(parsed.publish.store).check()
+    if parsed.publish.mlflow is not None:
+        MlflowRegistry(parsed.publish.mlflow.tracking_uri).check()
+    model = model_source.resolve(parsed.model)
+    plan = make_plan(parsed, geometry_of(model["config"]))
+    directory = model_source.locate(model)
+    calibration = build_calibration(parsed, directory, model)
+    datasets = {name: source.describe() for name, source in evaluation_sources(parsed).items()}
+    _check_loss(parsed, directory, calibration.set)
+
+    identity = {
+        "recipe": parsed.identity(),
+        "model": {"revision": model["revision"], "files": model["files"]},
+        "datasets": {"calibration": calibration.description["source"], "evaluation": datasets},
+        "package_version": __version__,
+    }
+    run_id = sha256_bytes(canonical_json(identity))[:12]
+    store = open_store(f"{parsed.publish.store}/runs/{run_id}")
+    store.put_bytes(Keys.RECIPE, recipe_yaml(parsed))
+    store.put_bytes(Keys.MODEL, canonical_json(model))
+    document = {"run_id": run_id, "model": model, "identity": identity, "plan": plan.to_dict()}
+    ref = store.put_bytes(Keys.PLAN, canonical_json(document))
+    logger.info("Run %s of %s: %d steps to %s", run_id, parsed.name, len(plan.steps), ", ".join(parsed.level_names))
+    return ref.to_dict()
+
+
+def build_calibration(recipe: Recipe, directory: Path, model: Json) -> calibration_data.Calibration:
+    """Calibration tokens of a run, from its tokenizer; the same in the check and in the task that publishes them."""
+    from gisp_tasks.export.reload import load_tokenizer
+
+    tokenizer = load_tokenizer(directory, trust_remote_code=recipe.model.trust_remote_code)
+    return calibration_data.build(
+        recipe.calibration, tokenizer=tokenizer, vocab_size=int(model["config"]["vocab_size"])
+    )
+
+
+def recipe_yaml(recipe: Recipe) -> bytes:
+    """What was asked, without the addresses it is published to: they are not part of a run's identity."""
+    import yaml
+
+    return yaml.safe_dump(recipe.identity(), sort_keys=False, allow_unicode=True).encode()
+
+
+def _check_loss(recipe: Recipe, directory: Path, calibration: CalibrationSet) -> None:
+    """One forward pass over the first sequence: weights that give no finite loss cannot be pruned."""
+    from gisp_tasks.export.reload import load_model
+    from gisp_tasks.pruning.importance import objective_value
+
+    model = load_model(directory, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
+    start, end = calibration.spans[0]
+    first = CalibrationSet(calibration.tokens[start:end], calibration.spans[:1] - start, calibration.weights[start:end])
+    try:
+        objective_value(model, first)
+    except NumericsError as error:
+        raise InputError(
+            f"model {recipe.model.source} in {recipe.model.dtype}: {error}. A model whose loss is not finite cannot be "
+            f"scored; check its weights, or try model.dtype: float32"
+        ) from None
+
