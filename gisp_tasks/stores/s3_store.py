@@ -202,12 +202,16 @@ def _refusal(error: "ClientError", uri: str) -> GispError:
     """The error for an answer of the server that is no success."""
     code = _code(error)
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code in _NOT_FOUND:
+    if code in _NOT_FOUND and error.operation_name in {"GetObject", "HeadObject"}:
         return gone(uri)
     if status >= 500 or code in _PASSING:
         return StoreUnavailableError(f"{uri}: the server could not do it now ({status} {code})")
     found, advice = _REFUSALS.get(
-        code, ("the server refuses the request", "Correct publish.store and the AWS_ variables of the environment")
+        code,
+        (
+            "the server, if it is one for S3, refuses the request",
+            "Correct publish.store and the AWS_ variables of the environment",
+        ),
     )
     return InputError(
         f"{uri} was asked for, and {found} ({status} {code} in {error.operation_name}). Allowed is a bucket that the "

@@ -37,8 +37,10 @@ def resolve_model(recipe: Json, revision: str | None = None) -> Json:
     if revision is not None:
         parsed = parsed.model_copy(update={"model": parsed.model.model_copy(update={"revision": revision})})
     open_store(parsed.publish.store).check()
-    if parsed.publish.mlflow is not None:
-        MlflowRegistry(parsed.publish.mlflow.tracking_uri).check()
+    registry = MlflowRegistry(parsed.publish.mlflow.tracking_uri) if parsed.publish.mlflow else None
+    if registry is not None:
+        registry.check_source(parsed.publish.store)
+        registry.check()
     model = model_source.resolve(parsed.model)
     plan = make_plan(parsed, geometry_of(model["config"]))
     directory = model_source.locate(model)
@@ -58,8 +60,26 @@ def resolve_model(recipe: Json, revision: str | None = None) -> Json:
     store.put_bytes(Keys.MODEL, canonical_json(model))
     document = {"run_id": run_id, "model": model, "identity": identity, "plan": plan.to_dict()}
     ref = store.put_bytes(Keys.PLAN, canonical_json(document))
+    if registry is not None:
+        registry.open_run(
+            experiment=parsed.name, run_id=run_id, parameters=parsed.identity(), datasets=_lineage(identity["datasets"])
+        )
     logger.info("Run %s of %s: %d steps to %s", run_id, parsed.name, len(plan.steps), ", ".join(parsed.level_names))
     return ref.to_dict()
+
+
+def _lineage(datasets: Json) -> list[dict[str, str]]:
+    """The data sets of a run, as the tracking server keeps them."""
+    used = [("calibration", datasets["calibration"])] + [("evaluation", d) for d in datasets["evaluation"].values()]
+    return [
+        {
+            "name": f"{source['dataset']}/{source['split']}",
+            "source": f"{source['origin']}:{source['dataset']}@{source['revision'] or 'local'}",
+            "digest": source["digest"],
+            "context": context,
+        }
+        for context, source in used
+    ]
 
 
 def build_calibration(recipe: Recipe, directory: Path, model: Json) -> calibration_data.Calibration:

@@ -462,6 +462,13 @@ class TestCheck:
         with pytest.raises(InputError, match=r"permission is refused .*s3:PutObject"):
             open_store("s3://bucket/check").check()
 
+    def test_of_another_kind_of_server(self, refusing: dict[str, Any]) -> None:
+        refusing.update(
+            status=404, code="NoSuchKey"
+        )  # what botocore makes of a web server's 404, too, is no lost artefact
+        with pytest.raises(InputError, match=r"if it is one for S3.*AWS_ variables"):
+            open_store("s3://bucket/check").check()
+
     def test_of_a_server_that_overwrites(self, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """As when the server does not know If-None-Match: it gets the request without it."""
         monkeypatch.setattr(s3_store, "_create_only", lambda params, **_: None)

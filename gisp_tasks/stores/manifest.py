@@ -1,0 +1,71 @@
+"""The audit record of a run: every input, version, digest and metric, in one document with a digest of its own.
+
+It holds nothing that differs between two runs of the same bytes on the same kind of machine: no time, no host
+name, no address. Timings lie beside the steps, addresses and registry versions in `summary.json`.
+"""
+
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from gisp_tasks import __version__
+from gisp_tasks.errors import IntegrityError
+from gisp_tasks.refs import canonical_json, sha256_bytes
+
+FORMAT_VERSION = 1
+_PACKAGES = (
+    *("apache-airflow", "torch", "transformers", "tokenizers", "datasets", "lm-eval", "safetensors"),
+    *("numpy", "boto3", "mlflow", "pydantic", "huggingface-hub"),
+)
+
+DEVIATIONS = (
+    "Scores accumulate in float32 whatever the weights' type (the reference code: the weights' type).",
+    "Gradients are taken for scored weights only (the reference code: for all parameters).",
+    "The attention structure is the kv group with its k and v rows (the reference code: query heads, q and o only).",
+    "The schedule is linear in parameter sparsity with an exact count (the reference code: linear in structures, "
+    "first value 0, threshold with ties).",
+    "The model is sliced between steps (the reference code: masked at its dense size).",
+    "MLP widths of a level are rounded up, filled with the channels removed last (the reference code: no export).",
+)
+"""Where the default method differs from the published reference code."""
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the settings of torch that numbers depend on."""
+    import torch
+
+    return {
+        "package": __version__,
+        "python": sys.version.split()[0],
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "torch": {
+            "threads": torch.get_num_threads(),
+            "deterministic_algorithms": True,
+            "tf32": False,
+            "seed": 0,
+        },
+    }
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes: ``content`` with the format's version and the sha256 of everything else."""
+    body = {"format_version": FORMAT_VERSION, **content}
+    return canonical_json({**body, "sha256": sha256_bytes(canonical_json(body))})
+
+
+def check_seal(manifest: Mapping[str, Any]) -> None:
+    """Check a manifest's digest of itself.
+
+    Raises:
+        IntegrityError: it was changed.
+    """
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    found = sha256_bytes(canonical_json(body))
+    if found != manifest.get("sha256"):
+        raise IntegrityError(f"the manifest says sha256 {manifest.get('sha256')}, its content has {found}: it was changed")

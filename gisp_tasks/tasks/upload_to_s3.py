@@ -1,0 +1,88 @@
+"""A level's package: the MLflow model around its checkpoint, its evaluation, its record; every object verified."""
+
+import logging
+
+import numpy as np
+
+from gisp_tasks.pruning.plan import DENSE, DTYPE_BYTES, Keys
+from gisp_tasks.pruning.removal_order import RemovalOrder
+from gisp_tasks.pruning.structures import KeepSets
+from gisp_tasks.refs import ArtifactRef, canonical_json, sha256_bytes
+from gisp_tasks.tasks.gate import judge
+from gisp_tasks.tasks.runtime import Json, Run, scratch
+from gisp_tasks.tasks.tracking import log_metrics
+
+logger = logging.getLogger(__name__)
+
+
+def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) -> Json:
+    """Complete ``levels/<level>/`` and publish its record ``level.json`` last.
+
+    The checkpoint is read back from the store, so what is packaged is what users will download.
+
+    Args:
+        recipe: as data.
+        run: reference of the plan.
+        level: its name.
+        model: reference of the level's checkpoint.
+        order: reference of the removal order that completes the level.
+    """
+    from gisp_tasks.export.mlmodel import write_mlmodel
+
+    this = Run.open(recipe, run)
+    if done := this.store.stat(Keys.level(level, "level.json")):
+        return done.to_dict()
+    model_ref = ArtifactRef.from_dict(model)
+    evaluation, dense = merged_evaluation(this, level), merged_evaluation(this, DENSE)
+    plan = this.plan.level(level)
+    with scratch() as directory:
+        this.store.fetch_directory(model_ref, directory / "model")
+        write_mlmodel(directory, digest=model_ref.sha256, metadata={"level": level, "run_id": this.run_id})
+        package = {}
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            name = path.relative_to(directory).as_posix()
+            if not name.startswith("model/"):
+                ref = this.store.put(Keys.level(level, name), path)
+                package[name] = {"sha256": ref.sha256, "size": ref.size}
+        order_path = this.store.fetch(ArtifactRef.from_dict(order), directory / "removal_order.safetensors")
+        keep = RemovalOrder.load(order_path)[0].level(
+            plan.sparsity, geometry=this.geometry, width_multiple=this.limits.width_multiple
+        )
+    evaluation_ref = this.publish_json(Keys.level(level, "evaluation.json"), evaluation)
+    this.store.verify_directory(Keys.level(level, "model"))
+    parameters = this.geometry.parameters_of(keep) + this.geometry.other_parameters
+    record = {
+        "name": level,
+        "target_sparsity": plan.sparsity,
+        "param_sparsity": this.geometry.sparsity_of(keep),
+        "parameters": parameters,
+        "weight_bytes": parameters * DTYPE_BYTES[this.recipe.model.dtype],
+        "bytes": model_ref.size,
+        "kv_groups": [int(count) for count in keep.attention.sum(axis=1)],
+        "channels": [int(count) for count in keep.mlp.sum(axis=1)],
+        "keep_set_sha256": keep_set_digest(keep),
+        "model": {"key": Keys.level(level, "model"), "sha256": model_ref.sha256, "size": model_ref.size},
+        "package": package,
+        "evaluation": {"sha256": evaluation_ref.sha256, "metrics": evaluation["metrics"]},
+        "reload": this.read_json(Keys.level(level, "reload.json")),
+        "gate": judge(this.recipe, this.geometry, evaluation["metrics"], dense["metrics"]),
+    }
+    ref = this.store.put_bytes(Keys.level(level, "level.json"), canonical_json(record))
+    log_metrics(this, {f"level.{name}": value for name, value in evaluation["metrics"].items()},
+                step=round(plan.sparsity * 100))  # fmt: skip
+    return ref.to_dict()
+
+
+def merged_evaluation(run: Run, level: str) -> Json:
+    """All metrics and protocols of a level, from the files of its evaluation tasks."""
+    merged: Json = {"metrics": {}, "protocol": {}}
+    for task in run.recipe.evaluation.tasks:
+        part = run.read_json(Keys.level(level, f"evaluation/{task}.json"))
+        for section, values in merged.items():
+            values.update(part[section])
+    return merged
+
+
+def keep_set_digest(keep: KeepSets) -> str:
+    """sha256 of the packed bits of both keep-sets, attention first."""
+    return sha256_bytes(np.packbits(keep.attention).tobytes() + np.packbits(keep.mlp).tobytes())
