@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gisp_tasks.errors import InputError
-from gisp_tasks.recipe_input import apply_settings, describe_errors, read_mapping
+from gisp_tasks.recipe_input import apply_settings, describe_errors, read_mapping, set_value
 from gisp_tasks.refs import canonical_json
 
 NAMED_DATASETS = ("c4", "wikitext2", "gsm8k", "embedded")
 FILE_DATASETS = ("tokens", "text")
-Level = Annotated[float, Field(gt=0.0, lt=1.0)]
+Level = Annotated[float, Field(ge=0.001, le=0.99)]
 
 
 class _Section(BaseModel):
@@ -27,6 +27,18 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, strict=False, allow_inf_nan=False
     )
+
+    @classmethod
+    def parse(cls, value: Any, origin: str = "recipe") -> Self:
+        """Validate a mapping; errors name ``origin`` and every offending key.
+
+        Raises:
+            InputError: as in `Recipe.load`.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise InputError(describe_errors(error, cls, origin)) from None
 
 
 class ModelSection(_Section):
@@ -49,7 +61,7 @@ class CalibrationSection(_Section):
     """A named data set, or one's own file: `tokens` (.npy, .safetensors) or `text` (.txt, .jsonl, .parquet)."""
     split: str = "train"
     """Split of a named data set."""
-    path: str | None = None
+    path: str | None = Field(default=None, min_length=1)
     """The file, for `tokens` and `text`."""
     sequences: int = Field(default=2000, ge=1, le=1_000_000)
     """How many sequences are drawn."""
@@ -140,6 +152,15 @@ class TextEvaluation(_Section):
     limit_tokens: int | None = Field(default=None, ge=2)
     """Evaluate on this many leading tokens only; null: all."""
 
+    @model_validator(mode="after")
+    def _limit_holds_a_window(self) -> Self:
+        if self.limit_tokens is not None and self.limit_tokens < max(self.windows):
+            raise ValueError(
+                f"limit_tokens={self.limit_tokens} is less than the window of {max(self.windows)} tokens, so nothing "
+                f"could be measured in it; raise limit_tokens or drop that window"
+            )
+        return self
+
 
 class ProblemEvaluation(_Section):
     """Exact match through lm-eval, and token perplexity of the reference solutions."""
@@ -189,8 +210,14 @@ class MlflowSection(_Section):
 
     @field_validator("tracking_uri")
     @classmethod
-    def _no_password(cls, uri: str) -> str:
-        return _refuse_credentials(uri)
+    def _no_credentials(cls, uri: str) -> str:
+        if not re.fullmatch(r"(https?://[^\s@?#]+|sqlite:///[^\s@?#]+)", uri):
+            raise ValueError(
+                "the address is neither http(s)://host:port nor sqlite:///file, or it carries a user name, a password "
+                "or a query; credentials belong in the environment (MLFLOW_TRACKING_USERNAME, "
+                "MLFLOW_TRACKING_PASSWORD) or in an Airflow connection"
+            )
+        return uri
 
 
 class GateSection(_Section):
@@ -211,11 +238,15 @@ class PublishSection(_Section):
     @field_validator("store")
     @classmethod
     def _known_scheme(cls, uri: str) -> str:
-        if not re.match(r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/|$)|file:///)", uri):
-            raise ValueError(f"store={uri!r} is neither s3://bucket/prefix nor file:///absolute/directory")
+        uri = uri.rstrip("/")
+        if not re.fullmatch(r"(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s@]+)?|file:///[^\s@]+)", uri):
+            raise ValueError(
+                "the address is neither s3://bucket/prefix nor file:///absolute/directory; write it without spaces, "
+                "and put credentials into the environment"
+            )
         if ".." in uri.split("/"):
-            raise ValueError(f"store={uri!r} contains '..'; write the address in full")
-        return uri.rstrip("/")
+            raise ValueError(f"{uri} contains '..'; write the address in full")
+        return uri
 
 
 class AirflowSection(_Section):
@@ -289,33 +320,10 @@ class Recipe(_Section):
         value = read_mapping(Path(path))
         apply_settings(value, settings, cls)
         if store is not None:
-            if not isinstance(value.setdefault("publish", {}), dict):
-                raise InputError(f"{path}: publish must be a mapping")
-            value["publish"]["store"] = store
+            set_value(value, ("publish", "store"), store, origin="--store")
         return cls.parse(value, origin=str(path))
-
-    @classmethod
-    def parse(cls, value: Any, origin: str = "recipe") -> "Recipe":
-        """Validate a mapping; errors name ``origin`` and every offending key.
-
-        Raises:
-            InputError: as in `load`.
-        """
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            raise InputError(describe_errors(error, cls, origin)) from None
 
 
 def level_name(sparsity: float) -> str:
     """`sp20` for 0.2, `sp37.5` for 0.375."""
     return f"sp{round(sparsity * 100, 1):g}"
-
-
-def _refuse_credentials(uri: str) -> str:
-    if re.match(r"^[a-z][a-z0-9+.-]*://[^/@]*:[^/@]*@", uri):
-        raise ValueError(
-            "the address carries a user name and password; put them in the environment "
-            "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD) or an Airflow connection"
-        )
-    return uri

@@ -16,7 +16,10 @@ def render(summary: Mapping[str, Any], *, manifest: Mapping[str, Any], curve_met
         curve_metric: the perplexity to draw over sparsity; None: no curve.
     """
     environment = Environment(
-        loader=PackageLoader("gisp_tasks", "templates"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("gisp_tasks", "templates"),
+        autoescape=select_autoescape(),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     metrics = list(dict.fromkeys(name for level in summary["levels"] for name in level["metrics"]))
     shown = [name for name in metrics if not name.endswith("_stderr")]

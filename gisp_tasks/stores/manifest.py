@@ -24,8 +24,8 @@ DEVIATIONS = (
     "Scores accumulate in float32 whatever the weights' type (the reference code: the weights' type).",
     "Gradients are taken for scored weights only (the reference code: for all parameters).",
     "The attention structure is the kv group with its k and v rows (the reference code: query heads, q and o only).",
-    "The schedule is linear in parameter sparsity with an exact count (the reference code: linear in structures, "
-    "first value 0, threshold with ties).",
+    "The schedule is linear in parameter sparsity (the reference code: linear in structures, first value 0).",
+    "The count of removals is exact, ties go by kind, layer and index (the reference code: a threshold, ties all go).",
     "The model is sliced between steps (the reference code: masked at its dense size).",
     "MLP widths of a level are rounded up, filled with the channels removed last (the reference code: no export).",
 )
@@ -68,4 +68,6 @@ def check_seal(manifest: Mapping[str, Any]) -> None:
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     found = sha256_bytes(canonical_json(body))
     if found != manifest.get("sha256"):
-        raise IntegrityError(f"the manifest says sha256 {manifest.get('sha256')}, its content has {found}: it was changed")
+        raise IntegrityError(
+            f"the manifest says sha256 {manifest.get('sha256')}, its content has {found}: it was changed"
+        )

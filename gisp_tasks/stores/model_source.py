@@ -38,10 +38,11 @@ def resolve(section: ModelSection) -> dict[str, Any]:
         directory = _download_prefix(section.source)
     elif _is_hub_id(section.source):
         revision = _hub_commit(section.source, section.revision)
-        directory = _hub_snapshot(section.source, revision, section.trust_remote_code)
+        directory = _hub_snapshot(section.source, revision, patterns=_patterns(section.trust_remote_code))
     else:
         directory = _local_directory(section)
-    config = _read_config(directory, section)
+    config = _parse_config(directory / "config.json", section)
+    _check_files(directory, config, section)
     files = {
         name: {"sha256": sha, "size": size}
         for name, (sha, size) in DirectoryListing.of(directory).files.items()
@@ -55,6 +56,22 @@ def resolve(section: ModelSection) -> dict[str, Any]:
         "config": config,
         "files": files,
     }
+
+
+def read_config(section: ModelSection) -> dict[str, Any]:
+    """Only the configuration of the model that a recipe names; of a hub model, nothing else is downloaded.
+
+    Raises:
+        InputError: as in `resolve`.
+        RetryableError: as in `resolve`.
+    """
+    if section.source.startswith("s3://"):
+        copied = open_store(section.source).copy_out("config.json", _cache_of(section.source) / "config.json")
+        return _parse_config(copied, section)
+    if _is_hub_id(section.source):
+        commit = _hub_commit(section.source, section.revision)
+        return _parse_config(_hub_snapshot(section.source, commit, patterns=("config.json",)) / "config.json", section)
+    return _parse_config(_local_directory(section) / "config.json", section)
 
 
 def locate(record: Mapping[str, Any]) -> Path:
@@ -71,7 +88,7 @@ def locate(record: Mapping[str, Any]) -> Path:
         if _first_difference(directory, record["files"]):
             _download_prefix(source)
     elif record["revision_kind"] == HUB_COMMIT:
-        directory = _hub_snapshot(source, record["revision"], record["trust_remote_code"])
+        directory = _hub_snapshot(source, record["revision"], patterns=_patterns(record["trust_remote_code"]))
     else:
         directory = Path(source).expanduser()
     different = _first_difference(directory, record["files"])
@@ -111,11 +128,17 @@ def _local_directory(section: ModelSection) -> Path:
     return directory
 
 
-def _read_config(directory: Path, section: ModelSection) -> dict[str, Any]:
+def _parse_config(path: Path, section: ModelSection) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+        config: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"model {section.source}: config.json cannot be read ({error}); give a complete model") from None
+        raise InputError(
+            f"model {section.source}: config.json cannot be read ({error}); give a complete model"
+        ) from None
+    return config
+
+
+def _check_files(directory: Path, config: Mapping[str, Any], section: ModelSection) -> None:
     if not any(directory.glob("*.safetensors")):
         others = sorted(path.name for path in directory.glob("*.bin"))
         raise InputError(
@@ -127,19 +150,26 @@ def _read_config(directory: Path, section: ModelSection) -> dict[str, Any]:
             f"model {section.source}: it ships Python code of its own (auto_map in config.json), which is not run "
             f"unless the recipe allows it; read that code, then set model.trust_remote_code: true"
         )
-    return config
 
 
 def _is_wanted(name: str, with_code: bool) -> bool:
-    patterns = (*_NEEDED, *_CODE) if with_code else _NEEDED
-    return "/" not in name and not name.startswith(".") and any(Path(name).match(pattern) for pattern in patterns)
+    return "/" not in name and not name.startswith(".") and any(map(Path(name).match, _patterns(with_code)))
+
+
+def _patterns(with_code: bool) -> tuple[str, ...]:
+    return (*_NEEDED, *_CODE) if with_code else _NEEDED
 
 
 def _hub_commit(source: str, revision: str | None) -> str:
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         commit = HfApi().model_info(source, revision=revision, timeout=30).sha
@@ -158,13 +188,12 @@ def _hub_commit(source: str, revision: str | None) -> str:
     return commit
 
 
-def _hub_snapshot(source: str, commit: str, with_code: bool) -> Path:
+def _hub_snapshot(source: str, commit: str, *, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*_NEEDED, *(_CODE if with_code else ())]
     try:
-        return Path(snapshot_download(source, revision=commit, allow_patterns=patterns))
+        return Path(snapshot_download(source, revision=commit, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise RetryableError(f"model {source}@{commit}: the download failed: {type(error).__name__}") from error
 
@@ -178,7 +207,7 @@ def _download_prefix(uri: str) -> Path:
     """Copy the objects right below an s3:// prefix into the cache of this machine."""
     directory = _cache_of(uri)
     store = open_store(uri)
-    names = [key for key in store.keys() if _is_wanted(key, with_code=True)]
+    names = [key for key in store.keys("") if _is_wanted(key, with_code=True)]
     if not names:
         raise InputError(f"model.source={uri!r}: no model file lies below this prefix; give that of a model directory")
     for stale in directory.glob("*"):

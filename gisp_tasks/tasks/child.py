@@ -43,7 +43,8 @@ def run_in_child(function: str, **arguments: Any) -> Any:
             env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": directory},
         ) as process:
             try:
-                assert process.stdin is not None and process.stdout is not None
+                assert process.stdin is not None
+                assert process.stdout is not None
                 process.stdin.write(json.dumps(arguments) + "\n")
                 process.stdin.flush()
                 for line in process.stdout:
@@ -52,7 +53,9 @@ def run_in_child(function: str, **arguments: Any) -> Any:
                 process.kill()
                 raise
         if not result_file.exists():
-            raise errors.RetryableError(f"the process of {function} ended with status {process.returncode} and no result")
+            raise errors.RetryableError(
+                f"the process of {function} ended with status {process.returncode} and no result"
+            )
         return _unwrap(json.loads(result_file.read_text()))
 
 

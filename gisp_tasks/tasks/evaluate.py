@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gisp_tasks.data import sources
-from gisp_tasks.data.calibration import encode_text, encode_problem
+from gisp_tasks.data.calibration import encode, encode_problem
 from gisp_tasks.pruning.plan import DENSE, Keys
 from gisp_tasks.recipe import ProblemEvaluation, Recipe, TextEvaluation
 from gisp_tasks.refs import ArtifactRef
@@ -107,8 +107,7 @@ def _perplexities(
 
     from gisp_tasks.evaluation.perplexity import token_perplexity
 
-    ids = encode_text(tokenizer, [row["text"] for row in source.rows()])
-    token_ids = torch.tensor(ids[: section.limit_tokens], dtype=torch.int64)
+    token_ids = torch.from_numpy(encode(tokenizer, source.text())[: section.limit_tokens])
     metrics, protocol = {}, {}
     for window in windows_of(section, context):
         result = token_perplexity(model, token_ids, window=window)
@@ -130,10 +129,10 @@ def _problems(
     from gisp_tasks.evaluation.harness import ProblemFiles, exact_match
     from gisp_tasks.evaluation.perplexity import solution_perplexity
 
-    rows = source.rows()[: section.limit_solutions]
-    encoded = [encode_problem(tokenizer, row["question"], row["answer"]) for row in rows]
+    items = source.items()[: section.limit_solutions]
+    encoded = [encode_problem(tokenizer, question, answer) for question, answer in items]
     solutions = solution_perplexity(
-        model, [ids for ids, _ in encoded], prompt_lengths=[length for _, length in encoded]
+        model, [ids.tolist() for ids, _ in encoded], prompt_lengths=[length for _, length in encoded]
     )
     with scratch() as directory:
         files = ProblemFiles(
@@ -141,6 +140,6 @@ def _problems(
         )
         matches = exact_match(model, tokenizer, files=files, section=section, name=name)
     metric = f"{name}_solution_ppl_token"
-    protocol = dict.fromkeys(matches.metrics, {**facts, **matches.protocol})
-    protocol[metric] = {**facts, **asdict(solutions), "num_solutions": len(rows)}
+    protocol = {name: {**facts, **matches.protocol} for name in matches.metrics}
+    protocol[metric] = {**facts, **asdict(solutions), "num_solutions": len(items)}
     return {"metrics": {**matches.metrics, metric: solutions.ppl}, "protocol": protocol}

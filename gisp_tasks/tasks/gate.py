@@ -22,7 +22,9 @@ def judge(recipe: Recipe, geometry: Geometry, metrics: Mapping[str, float], dens
     if limit is not None:
         metric = gate_metric(recipe, geometry)
         ratio = metrics[metric] / dense[metric]
-        checks.append({"name": "perplexity_ratio", "metric": metric, "value": ratio, "limit": limit, "passed": ratio <= limit})
+        checks.append(
+            {"name": "perplexity_ratio", "metric": metric, "value": ratio, "limit": limit, "passed": ratio <= limit}
+        )
     return {"passed": all(check["passed"] for check in checks), "checks": checks}
 
 

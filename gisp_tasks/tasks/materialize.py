@@ -1,10 +1,15 @@
 """A level's checkpoint: cut from the base model by the removal order, proven by reloading, published."""
 
+import json
 import logging
 from dataclasses import asdict
+from pathlib import Path
 
-from gisp_tasks.data import calibration as calibration_data
-from gisp_tasks.pruning.plan import Keys
+from gisp_tasks.errors import InputError
+from gisp_tasks.pruning.families import geometry_of
+from gisp_tasks.pruning.plan import DTYPE_BYTES, Keys
+from gisp_tasks.pruning.removal_order import RemovalOrder
+from gisp_tasks.recipe import ModelSection
 from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.stores import model_source
 from gisp_tasks.tasks.runtime import Json, Run, make_torch_deterministic, scratch
@@ -49,9 +54,36 @@ def materialize(recipe: Json, run: Json, level: str, order: Json) -> Json:
 
 def _calibration_prompt(run: Run) -> list[int]:
     """The first tokens of the first calibration sequence."""
-    ref = run.store.stat(Keys.TOKENS)
-    assert ref is not None, "steps cannot have run without calibration tokens"
-    with scratch() as directory:
-        calibration = calibration_data.load(run.store.fetch(ref, directory / "tokens.safetensors"))
+    calibration = run.calibration()
     start, end = calibration.spans[0]
     return [int(token) for token in calibration.tokens[start : min(end, start + _PROOF_TOKENS)]]
+
+
+def materialize_from_order(
+    model: str, order: Path, *, out: Path, sparsity: float, width_multiple: int, dtype: str | None
+) -> int:
+    """Cut a level from a base model and the file of a removal order; returns the parameters written.
+
+    Raises:
+        InputError: the order belongs to another model or does not reach that far, or ``out`` is not empty.
+    """
+    from gisp_tasks.export.huggingface import write_checkpoint
+
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out}: the directory is not empty; give one that is, or that does not exist yet")
+    if not order.is_file():
+        raise InputError(f"--order {order}: no such file; give the removal_order.safetensors of a run")
+    dtypes = ", ".join(DTYPE_BYTES)
+    record = model_source.resolve(ModelSection(source=model))
+    geometry = geometry_of(record["config"])
+    written_dtype = dtype or record["config"].get("dtype") or record["config"].get("torch_dtype") or "float32"
+    if written_dtype not in DTYPE_BYTES:
+        raise InputError(f"--dtype {written_dtype}: not a type of weights that is written; allowed are {dtypes}")
+    removal_order, metadata = RemovalOrder.load(order)
+    if json.loads(metadata["geometry"]) != asdict(geometry):
+        raise InputError(
+            f"--order {order} was made from {metadata['base_source']}, whose sizes differ from those of {model}; "
+            f"give the model that the order was made from"
+        )
+    keep = removal_order.level(sparsity, geometry=geometry, width_multiple=width_multiple)
+    return write_checkpoint(model_source.locate(record), out, geometry=geometry, keep=keep, dtype=written_dtype)

@@ -27,7 +27,8 @@ def register_model(recipe: Json, run: Json, level: Json) -> Json:
     this.store.verify_directory(record["model"]["key"])
     connection = connect(this)
     mlflow = this.recipe.publish.mlflow
-    assert connection is not None and mlflow is not None, "only recipes with publish.mlflow have this task"
+    assert connection is not None, "only recipes with publish.mlflow have this task"
+    assert mlflow is not None, "only recipes with publish.mlflow have this task"
     registry, mlflow_run = connection
     registry.register_level(
         LevelVersion(

@@ -20,12 +20,13 @@ from gisp_tasks.tasks.runtime import Json
 logger = logging.getLogger(__name__)
 
 
-def resolve_model(recipe: Json, revision: str | None = None) -> Json:
+def resolve_model(recipe: Json, revision: str | None = None, resume: bool = False) -> Json:
     """Check the whole input, pin the model, and publish recipe, model record and plan.
 
     Args:
         recipe: as data.
         revision: pins the model instead of the recipe's own revision (given by the release watch).
+        resume: go on with a run that was begun, never begin one.
 
     Returns:
         Reference of ``plan.json``, by which every later task finds the run.
@@ -48,7 +49,7 @@ def resolve_model(recipe: Json, revision: str | None = None) -> Json:
     datasets = {name: source.describe() for name, source in evaluation_sources(parsed).items()}
     _check_loss(parsed, directory, calibration.set)
 
-    identity = {
+    identity: Json = {
         "recipe": parsed.identity(),
         "model": {"revision": model["revision"], "files": model["files"]},
         "datasets": {"calibration": calibration.description["source"], "evaluation": datasets},
@@ -56,6 +57,11 @@ def resolve_model(recipe: Json, revision: str | None = None) -> Json:
     }
     run_id = sha256_bytes(canonical_json(identity))[:12]
     store = open_store(f"{parsed.publish.store}/runs/{run_id}")
+    if resume and store.stat(Keys.PLAN) is None:
+        raise InputError(
+            f"--resume was given, but {parsed.publish.store} holds no run {run_id}, which is what this recipe, model "
+            f"and data come to; run without --resume to begin it"
+        )
     store.put_bytes(Keys.RECIPE, recipe_yaml(parsed))
     store.put_bytes(Keys.MODEL, canonical_json(model))
     document = {"run_id": run_id, "model": model, "identity": identity, "plan": plan.to_dict()}
@@ -114,4 +120,3 @@ def _check_loss(recipe: Recipe, directory: Path, calibration: CalibrationSet) ->
             f"model {recipe.model.source} in {recipe.model.dtype}: {error}. A model whose loss is not finite cannot be "
             f"scored; check its weights, or try model.dtype: float32"
         ) from None
-

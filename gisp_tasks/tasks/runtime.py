@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gisp_tasks.data import calibration as calibration_data
 from gisp_tasks.errors import IntegrityError
 from gisp_tasks.pruning.families import geometry_of
+from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.plan import Keys, Plan, make_plan
 from gisp_tasks.pruning.ranking import Limits, limits_of
 from gisp_tasks.pruning.structures import Geometry
@@ -80,6 +82,20 @@ class Run:
             "run_id": self.run_id,
         }
 
+    def calibration(self) -> CalibrationSet:
+        """The published calibration set.
+
+        Raises:
+            IntegrityError: it is not there, or not what was published.
+        """
+        with scratch() as directory:
+            for key in (Keys.CALIBRATION, Keys.TOKENS):
+                ref = self.store.stat(key)
+                if ref is None:
+                    raise self._missing(key)
+                path = self.store.fetch(ref, directory / ref.name)
+            return calibration_data.load(path).set
+
     def read_json(self, key: str) -> Json:
         """A published JSON document.
 
@@ -88,9 +104,12 @@ class Run:
         """
         ref = self.store.stat(key)
         if ref is None:
-            raise IntegrityError(f"{self.store.uri}/{key} should have been published by an earlier task, and is not there")
+            raise self._missing(key)
         document: Json = json.loads(self.store.read(ref))
         return document
+
+    def _missing(self, key: str) -> IntegrityError:
+        return IntegrityError(f"{self.store.uri}/{key} is not there; an earlier task of this run published it")
 
     def publish_json(self, key: str, value: Mapping[str, Any]) -> ArtifactRef:
         """Publish a JSON document in canonical form."""

@@ -4,7 +4,6 @@ import logging
 import resource
 import time
 
-from gisp_tasks.data import calibration as calibration_data
 from gisp_tasks.pruning.plan import Keys
 from gisp_tasks.pruning.removal_order import RemovalOrder
 from gisp_tasks.pruning.structures import KeepSets
@@ -15,7 +14,7 @@ from gisp_tasks.tasks.runtime import Json, Run, make_torch_deterministic, scratc
 logger = logging.getLogger(__name__)
 
 
-def score(recipe: Json, run: Json, step: int, order: Json | None, calibration: Json) -> Json:
+def score(recipe: Json, run: Json, step: int, order: Json | None) -> Json:
     """Publish ``steps/<step>/scores.safetensors``.
 
     Args:
@@ -23,13 +22,12 @@ def score(recipe: Json, run: Json, step: int, order: Json | None, calibration: J
         run: reference of the plan.
         step: from 1.
         order: reference of the removal order after the step before; None for the first.
-        calibration: reference of the tokens.
     """
     this = Run.open(recipe, run)
     if done := this.store.stat(Keys.step(step, "scores.safetensors")):
         return done.to_dict()
     before = load_order(this, ArtifactRef.from_dict(order)) if order else RemovalOrder.empty()
-    return Scorer(this, ArtifactRef.from_dict(calibration)).score(step, before).to_dict()
+    return Scorer(this).score(step, before).to_dict()
 
 
 def load_order(run: Run, ref: ArtifactRef) -> RemovalOrder:
@@ -45,7 +43,7 @@ class Scorer:
     in ten, so scores do not depend on how steps are grouped into tasks.
     """
 
-    def __init__(self, run: Run, calibration: ArtifactRef) -> None:
+    def __init__(self, run: Run) -> None:
         from gisp_tasks.export.reload import load_model
 
         make_torch_deterministic()
@@ -54,9 +52,7 @@ class Scorer:
         remote_code = run.recipe.model.trust_remote_code
         self._model = load_model(directory, dtype=run.recipe.model.dtype, trust_remote_code=remote_code)
         self._held = KeepSets.everything(run.geometry)
-        with scratch() as temporary:
-            path = run.store.fetch(calibration, temporary / "tokens.safetensors")
-            self._calibration = calibration_data.load(path)
+        self._calibration = run.calibration()
 
     def score(self, step: int, order: RemovalOrder) -> ArtifactRef:
         """Score what ``order`` leaves, and publish."""

@@ -8,7 +8,7 @@ from gisp_tasks.tasks.runtime import Json, Run
 from gisp_tasks.tasks.score import Scorer, load_order
 
 
-def score_and_prune(recipe: Json, run: Json, steps: list[int], order: Json | None, calibration: Json) -> Json:
+def score_and_prune(recipe: Json, run: Json, steps: list[int], order: Json | None) -> Json:
     """Score and prune each of ``steps``, publishing scores and order after each one.
 
     A task that was interrupted goes on after the last step that it published.
@@ -18,7 +18,6 @@ def score_and_prune(recipe: Json, run: Json, steps: list[int], order: Json | Non
         run: reference of the plan.
         steps: consecutive, from 1.
         order: reference of the order before the first of them; None at the start.
-        calibration: reference of the tokens.
 
     Returns:
         Reference of the order after the last of them.
@@ -34,7 +33,7 @@ def score_and_prune(recipe: Json, run: Json, steps: list[int], order: Json | Non
     for step in steps_left:
         scores = this.store.stat(Keys.step(step, "scores.safetensors"))
         if scores is None:
-            scorer = scorer or Scorer(this, ArtifactRef.from_dict(calibration))
+            scorer = scorer or Scorer(this)
             scores = scorer.score(step, longer)
         ref, longer = extend(this, step, longer, scores)
     assert ref is not None, "a task has at least one step"

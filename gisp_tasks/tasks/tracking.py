@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from gisp_tasks.stores.registry import MlflowRegistry
-from gisp_tasks.tasks.runtime import Run
+from gisp_tasks.tasks.runtime import Json, Run
 
 
 def connect(run: Run) -> tuple[MlflowRegistry, str] | None:
@@ -20,3 +20,10 @@ def log_metrics(run: Run, metrics: Mapping[str, float], *, step: int) -> None:
     if connection := connect(run):
         registry, mlflow_run = connection
         registry.log_metrics(mlflow_run, metrics, step=step)
+
+
+def close_failed(recipe: Json, run: Json) -> None:
+    """Show the MLflow run as failed."""
+    if connection := connect(Run.open(recipe, run)):
+        registry, mlflow_run = connection
+        registry.close_run(mlflow_run, "FAILED")

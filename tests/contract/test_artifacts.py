@@ -463,9 +463,7 @@ class TestCheck:
             open_store("s3://bucket/check").check()
 
     def test_of_another_kind_of_server(self, refusing: dict[str, Any]) -> None:
-        refusing.update(
-            status=404, code="NoSuchKey"
-        )  # what botocore makes of a web server's 404, too, is no lost artefact
+        refusing.update(status=404, code="404")  # what botocore makes of a web server's answer to a PUT
         with pytest.raises(InputError, match=r"if it is one for S3.*AWS_ variables"):
             open_store("s3://bucket/check").check()
 

@@ -1,0 +1,215 @@
+"""One DAG per recipe file: model -> calibration -> K steps -> levels -> S3 -> MLflow -> report.
+
+K, the levels and what hangs on which step are known from the recipe alone, so the whole graph is drawn at parse
+time. Nothing heavy is imported here: tasks import what they need when they run, and whatever loads a model runs
+in a process of its own (`gisp_tasks.tasks.child`). Only references travel between tasks.
+
+`GISP_RECIPES` names recipe files or directories instead of ``recipes/`` beside this file (separated by ``:``).
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import DAG, ExceptionRetryPolicy, Param, RetryAction, RetryRule, TaskGroup, task
+
+from gisp_tasks.errors import InputError, PermanentError
+from gisp_tasks.pruning.schedule import completing_steps, fused_steps
+from gisp_tasks.recipe import Recipe
+from gisp_tasks.tasks.child import run_in_child
+
+Json = dict[str, Any]
+
+DENSE = "dense"
+
+
+@task
+def resolve_model(recipe: Json, params: Json) -> Json:
+    """Check all input, pin the model, publish the plan."""
+    return run_in_child(
+        "gisp_tasks.tasks.resolve_model:resolve_model",
+        recipe=recipe,
+        revision=params["revision"],
+        resume=params["resume"],
+    )
+
+
+@task
+def prepare_calibration(recipe: Json, run: Json) -> Json:
+    """Calibration text to tokens."""
+    return run_in_child("gisp_tasks.tasks.prepare_calibration:prepare_calibration", recipe=recipe, run=run)
+
+
+@task
+def score(recipe: Json, run: Json, step: int, order: Json | None) -> Json:
+    """One scoring pass over the whole calibration set."""
+    return run_in_child("gisp_tasks.tasks.score:score", recipe=recipe, run=run, step=step, order=order)
+
+
+@task
+def prune(recipe: Json, run: Json, step: int, order: Json | None, scores: Json) -> Json:
+    """Scores to a longer removal order."""
+    from gisp_tasks.tasks.prune import prune as prune_step
+
+    return prune_step(recipe, run, step, order, scores)
+
+
+@task
+def score_and_prune(recipe: Json, run: Json, steps: list[int], order: Json | None) -> Json:
+    """Several steps with the model kept loaded."""
+    return run_in_child(
+        "gisp_tasks.tasks.score_and_prune:score_and_prune",
+        recipe=recipe,
+        run=run,
+        steps=steps,
+        order=order,
+    )
+
+
+@task
+def materialize(recipe: Json, run: Json, level: str, order: Json) -> Json:
+    """Cut a level's checkpoint from the base model and prove it."""
+    return run_in_child("gisp_tasks.tasks.materialize:materialize", recipe=recipe, run=run, level=level, order=order)
+
+
+@task
+def evaluate(recipe: Json, run: Json, level: str, evaluation: str, model: Json | None) -> Json:
+    """Measure a checkpoint as it lies in the store."""
+    return run_in_child(
+        "gisp_tasks.tasks.evaluate:evaluate",
+        recipe=recipe,
+        run=run,
+        level=level,
+        evaluation=evaluation,
+        model=model,
+    )
+
+
+@task
+def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) -> Json:
+    """Complete and verify a level's package in the store."""
+    return run_in_child(
+        "gisp_tasks.tasks.upload_to_s3:upload_to_s3", recipe=recipe, run=run, level=level, model=model, order=order
+    )
+
+
+@task
+def register_model(recipe: Json, run: Json, level: Json) -> Json:
+    """Make a level a version of the registered model."""
+    from gisp_tasks.tasks.register_model import register_model as register
+
+    return register(recipe, run, level)
+
+
+@task
+def report(recipe: Json, run: Json) -> Json:
+    """Manifest and page of the finished run."""
+    return run_in_child("gisp_tasks.tasks.report:report", recipe=recipe, run=run)
+
+
+def recompression_dag(recipe: Recipe, source: Path) -> DAG:
+    """The DAG of a recipe."""
+    data = recipe.model_dump(mode="json")
+    accelerator = {"pool": recipe.airflow.pool, "queue": recipe.airflow.queue or "default"}
+    with DAG(
+        dag_id=f"gisp_{recipe.name}",
+        description=f"{recipe.model.source} to {', '.join(recipe.level_names)}",
+        doc_md=f"Recipe `{source.name}`:\n```yaml\n{source.read_text()}\n```",
+        schedule=recipe.airflow.schedule,
+        catchup=False,
+        max_active_runs=1,
+        tags=["gisp"],
+        params={
+            "revision": Param(None, type=["null", "string"], description="Pins the model instead of the recipe"),
+            "resume": Param(False, type="boolean", description="Go on with an unfinished run; never begin one"),
+        },
+        default_args={
+            "retries": recipe.airflow.retries,
+            "retry_delay": timedelta(seconds=30),
+            "retry_exponential_backoff": 2.0,
+            "max_retry_delay": timedelta(minutes=10),
+            "retry_policy": ExceptionRetryPolicy(rules=[RetryRule(exception=PermanentError, action=RetryAction.FAIL)]),
+            "on_failure_callback": close_mlflow_run,
+        },
+    ) as dag:
+        run = resolve_model.override(**accelerator)(data)
+        calibration = prepare_calibration(data, run)
+        with TaskGroup(DENSE):
+            dense = _evaluations(recipe, data, run, DENSE, None)
+        orders = _steps(recipe, data, run, calibration)
+        after = completing_steps(recipe.pruning.levels, recipe.pruning.steps)
+        ends = [
+            _level(recipe, data, run, name, orders[step], dense)
+            for name, step in zip(recipe.level_names, after, strict=True)
+        ]
+        finish = report(data, run)
+        [*ends, *dense, orders[recipe.pruning.steps]] >> finish
+    return dag
+
+
+def _steps(recipe: Recipe, data: Json, run: Any, calibration: Any) -> dict[int, Any]:
+    """The steps in a row; step -> the removal order after it."""
+    accelerator = {"pool": recipe.airflow.pool, "queue": recipe.airflow.queue or "default"}
+    orders: dict[int, Any] = {}
+    order = None
+    for steps in fused_steps(recipe.pruning.steps, recipe.airflow.steps_per_task):
+        first, last = steps[0], steps[-1]
+        if recipe.airflow.steps_per_task == 1:
+            with TaskGroup(f"step_{first:03d}"):
+                begun = scores = score.override(**accelerator)(data, run, first, order)
+                order = prune(data, run, first, order, scores)
+        else:
+            with TaskGroup(f"step_{first:03d}_to_{last:03d}"):
+                begun = order = score_and_prune.override(**accelerator)(data, run, list(steps), order)
+        if not orders:
+            calibration >> begun
+        orders.update(dict.fromkeys(steps, order))
+    return orders
+
+
+def _level(recipe: Recipe, data: Json, run: Any, name: str, order: Any, dense: list[Any]) -> Any:
+    """A level from its checkpoint to its registered version; returns its last task."""
+    with TaskGroup(name.replace(".", "_")):
+        model = materialize(data, run, name, order)
+        evaluations = _evaluations(recipe, data, run, name, model)
+        uploaded = upload_to_s3(data, run, name, model, order)
+        [*evaluations, *dense] >> uploaded
+        return register_model(data, run, uploaded) if recipe.publish.mlflow else uploaded
+
+
+def _evaluations(recipe: Recipe, data: Json, run: Any, level: str, model: Any) -> list[Any]:
+    accelerator = {"pool": recipe.airflow.pool, "queue": recipe.airflow.queue or "default"}
+    return [
+        evaluate.override(task_id=f"evaluate_{name}", **accelerator)(data, run, level, name, model)
+        for name in recipe.evaluation.tasks
+    ]
+
+
+def close_mlflow_run(context: Any) -> None:
+    """A task failed for good: its MLflow run is shown as failed, until the next attempt opens it again."""
+    from gisp_tasks.tasks.tracking import close_failed
+
+    task_instance = context["ti"]
+    run = task_instance.xcom_pull(task_ids="resolve_model")
+    if run:
+        close_failed(task_instance.task.op_args[0], run)
+
+
+def recipe_files() -> Iterator[Path]:
+    """The recipes to make DAGs of."""
+    places = os.environ.get("GISP_RECIPES") or str(Path(__file__).parent / "recipes")
+    for place in map(Path, places.split(os.pathsep)):
+        yield from sorted(place.glob("*.yaml")) if place.is_dir() else [place]
+
+
+for _path in recipe_files():
+    try:
+        _recipe = Recipe.load(_path)
+    except InputError as error:
+        # One bad recipe must not take the DAGs of all others away.
+        warnings.warn(f"no DAG was made: {error}", stacklevel=1)
+        continue
+    globals()[f"gisp_{_recipe.name}"] = recompression_dag(_recipe, _path)

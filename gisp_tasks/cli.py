@@ -1,0 +1,203 @@
+"""The command line: the same tasks without a scheduler.
+
+Exit status: 0, 2 for bad input (one message, no traceback), 1 for a failure.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gisp_tasks.errors import GispError, InputError
+from gisp_tasks.recipe import EvaluationSection, Recipe, level_name
+
+app = typer.Typer(
+    name="gisp",
+    help="One recipe, a ladder of smaller, dense, registered models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The YAML file of a recipe.", show_default=False)]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Overrides one value of the recipe; repeatable.")
+]
+StoreUri = Annotated[str | None, typer.Option("--store", metavar="URI", help="Replaces publish.store.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else there.")]
+
+
+def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn this package's errors into one message and the exit status."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            sys.stderr.write(f"gisp: {error}\n")
+            raise typer.Exit(2) from None
+        except GispError as error:
+            sys.stderr.write(f"gisp: {type(error).__name__}: {error}\n")
+            raise typer.Exit(1) from None
+
+    return wrapper
+
+
+@app.command()
+@_reports_errors
+def run(
+    recipe: RecipeFile,
+    settings: Settings = [],  # noqa: B006 - typer copies it
+    store: StoreUri = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run; never begin one.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the recipe's DAG in this process.
+
+    A run that was interrupted goes on where it stopped: what is published is never made again.
+    """
+    parsed = Recipe.load(recipe, tuple(settings), store)
+    from gisp_tasks import local_airflow
+    from gisp_tasks.console import TaskProgress, ladder_table, output_to
+
+    log = local_airflow.CACHE / "logs" / f"{parsed.name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    with output_to(log) as console, local_airflow.prepare(parsed):
+        console.print(f"[bold]{parsed.name}[/]: {parsed.model.source}, log in {log}", highlight=False)
+        dag = local_airflow.load_dag(parsed)
+        with TaskProgress(console, total=len(dag.tasks)) as progress:
+            manifest = local_airflow.run_dag(dag, conf={"resume": resume}, on_event=progress.event)
+        from gisp_tasks.tasks.report import summarise
+
+        summary = summarise(parsed.model_dump(mode="json"), manifest)
+    if as_json:
+        sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+        return
+    console = Console()
+    console.print(ladder_table(summary))
+    console.print(f"store     {summary['store']}\nmanifest  {summary['manifest_sha256']}", highlight=False)
+
+
+@app.command()
+@_reports_errors
+def plan(
+    recipe: RecipeFile,
+    settings: Settings = [],  # noqa: B006 - typer copies it
+    as_json: AsJson = False,
+) -> None:
+    """Show steps, levels, sizes, memory and time; only the model's config.json is read."""
+    parsed = Recipe.load(recipe, tuple(settings))
+    from gisp_tasks.pruning.families import geometry_of
+    from gisp_tasks.pruning.plan import make_plan
+    from gisp_tasks.stores.model_source import read_config
+
+    made = make_plan(parsed, geometry_of(read_config(parsed.model)))
+    if as_json:
+        sys.stdout.write(json.dumps(made.to_dict(), indent=1) + "\n")
+        return
+    from gisp_tasks.tasks.throughput import matmul_flops
+
+    rate = matmul_flops(parsed.model.dtype)
+    console = Console()
+    table = Table("level", "sparsity", "parameters, at most", "bytes, at most", "after step", title=parsed.name)
+    table.add_row("dense", "0.0 %", f"{made.dense_parameters:,}", f"{made.dense_bytes:,}", "-")
+    for level in made.levels:
+        table.add_row(
+            level.name,
+            f"{100 * level.sparsity:.1f} %",
+            f"{level.max_parameters:,}",
+            f"{level.max_bytes:,}",
+            f"{level.after_step} of {len(made.steps)}",
+        )
+    console.print(table)
+    console.print(
+        f"scoring: {parsed.calibration.sequences} sequences of {parsed.calibration.sequence_length} tokens, "
+        f"{made.micro_batch} at once, about {made.scoring_bytes / 2**30:.1f} GiB\n"
+        f"time of all steps: about {made.scoring_flops / rate / 60:.1f} min at the {rate / 1e9:,.0f} GFLOP/s that a "
+        f"matrix product reaches here",
+        highlight=False,
+    )
+
+
+@app.command()
+@_reports_errors
+def prune(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the order and the scores go.")],
+    settings: Settings = [],  # noqa: B006 - typer copies it
+    as_json: AsJson = False,
+) -> None:
+    """Calibration and steps only: writes removal_order.safetensors and the scores of each step."""
+    overrides = (*settings, "publish.mlflow=null", "airflow.steps_per_task=1")
+    parsed = Recipe.load(recipe, overrides, f"file://{out.absolute()}")
+    from gisp_tasks.tasks.prune_only import prune_only
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    result = prune_only(parsed, out)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n" if as_json else f"{result['removal_order']}\n")
+
+
+@app.command()
+@_reports_errors
+def materialize(
+    model: Annotated[str, typer.Option("--model", metavar="M", help="The base model: hub id, directory, s3://.")],
+    order: Annotated[Path, typer.Option("--order", metavar="F", help="removal_order.safetensors of a run.")],
+    sparsity: Annotated[float, typer.Option("--sparsity", help="Parameter sparsity, up to the order's end.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A directory that is empty or not there yet.")],
+    width_multiple: Annotated[int, typer.Option(help="MLP widths are rounded up to a multiple of this.")] = 32,
+    dtype: Annotated[str | None, typer.Option(help="Type of the weights; by default the model's own.")] = None,
+) -> None:
+    """Cut any level from a base model and a removal order; no accelerator needed."""
+    from gisp_tasks.tasks.materialize import materialize_from_order
+
+    parameters = materialize_from_order(
+        model, order, out=out, sparsity=sparsity, width_multiple=width_multiple, dtype=dtype
+    )
+    sys.stdout.write(f"{out}: {level_name(sparsity)}, {parameters:,} parameters\n")
+
+
+@app.command()
+@_reports_errors
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face checkpoint directory.")],
+    task: Annotated[list[str], typer.Option("--task", help="A key of a recipe's `evaluation`; repeatable.")],
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="TASK.KEY=VALUE", help="As in a recipe's `evaluation`.")
+    ] = [],  # noqa: B006 - typer copies it
+    dtype: Annotated[str, typer.Option(help="Type to hold the weights in.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Measure any checkpoint as the pipeline does. Code that it carries is run, as for a level of a run."""
+    from gisp_tasks.recipe_input import apply_settings
+    from gisp_tasks.tasks.evaluate import measure
+
+    chosen: dict[str, Any] = {name: {} for name in task}
+    apply_settings(chosen, tuple(settings), EvaluationSection)
+    section = EvaluationSection.parse(chosen, origin="--task")
+    if not (checkpoint / "config.json").is_file():
+        raise InputError(f"{checkpoint}: no config.json was found; give the directory of a Hugging Face checkpoint")
+    results = {
+        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=True) for name in task
+    }
+    if as_json:
+        sys.stdout.write(json.dumps(results, indent=1) + "\n")
+        return
+    for result in results.values():
+        for name, value in result["metrics"].items():
+            sys.stdout.write(f"{name:44} {value:.6g}\n")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

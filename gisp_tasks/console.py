@@ -1,0 +1,91 @@
+"""What a person sees on the terminal: progress while a run goes on, and its closing table."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+@contextmanager
+def output_to(log: Path) -> Iterator[Console]:
+    """Send everything that this process and its children print to a file; yields a console on the real stderr."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as file, os.fdopen(os.dup(2), "w") as terminal:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield Console(file=terminal)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+
+
+class TaskProgress:
+    """A bar over the tasks of a run, and a line for each one that ended."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=console,
+        )  # fmt: skip
+        self._bar = self._progress.add_task("starting", total=total)
+        self._began: dict[str, float] = {}
+
+    def __enter__(self) -> "TaskProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def event(self, task_id: str, state: str) -> None:
+        """Show that a task runs, or how it ended."""
+        if state == "running":
+            self._began[task_id] = time.monotonic()
+            self._progress.update(self._bar, description=task_id)
+            return
+        took = time.monotonic() - self._began.get(task_id, time.monotonic())
+        mark = "[green]done[/]" if state == "success" else "[red]failed[/]"
+        self._progress.console.print(f"  {mark}  {task_id}  [dim]{took:.1f} s[/]", highlight=False)
+        self._progress.advance(self._bar)
+
+
+def ladder_table(summary: Mapping[str, Any]) -> Table:
+    """The levels of a finished run."""
+    table = Table(title=f"run {summary['run_id']}", title_justify="left")
+    metrics = metric_names(summary["levels"])
+    for name in ("level", "sparsity", "parameters", "bytes", *metrics, "gate", "version"):
+        table.add_column(name, justify="left" if name == "level" else "right", overflow="fold")
+    for level in summary["levels"]:
+        version = (
+            f"{level['model_version']} @{level['alias']}" if level["alias"] else str(level["model_version"] or "-")
+        )
+        table.add_row(
+            level["name"],
+            f"{100 * level['param_sparsity']:.1f} %",
+            f"{level['parameters']:,}",
+            f"{level['bytes']:,}",
+            *(f"{level['metrics'][name]:.4g}" if name in level["metrics"] else "-" for name in metrics),
+            level["gate"] or "-",
+            version,
+        )
+    return table
+
+
+def metric_names(levels: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Metrics worth a column: all but standard errors."""
+    names = dict.fromkeys(name for level in levels for name in level["metrics"])
+    return [name for name in names if not name.endswith("_stderr")]
