@@ -82,7 +82,11 @@ def run(
         return
     console = Console()
     console.print(ladder_table(summary))
-    console.print(f"store     {summary['store']}\nmanifest  {summary['manifest_sha256']}", highlight=False)
+    for level in summary["levels"][1:]:
+        console.print(f"{level['name']:9} {level['uri']}", highlight=False, soft_wrap=True)
+    console.print(
+        f"store     {summary['store']}\nmanifest  {summary['manifest_sha256']}", highlight=False, soft_wrap=True
+    )
 
 
 @app.command()

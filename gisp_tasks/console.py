@@ -3,8 +3,9 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +65,28 @@ class TaskProgress:
 
 
 def ladder_table(summary: Mapping[str, Any]) -> Table:
-    """The levels of a finished run."""
-    table = Table(title=f"run {summary['run_id']}", title_justify="left")
-    metrics = metric_names(summary["levels"])
-    for name in ("level", "sparsity", "parameters", "bytes", *metrics, "gate", "version"):
-        table.add_column(name, justify="left" if name == "level" else "right", overflow="fold")
-    for level in summary["levels"]:
-        version = (
-            f"{level['model_version']} @{level['alias']}" if level["alias"] else str(level["model_version"] or "-")
-        )
-        table.add_row(
-            level["name"],
-            f"{100 * level['param_sparsity']:.1f} %",
-            f"{level['parameters']:,}",
-            f"{level['bytes']:,}",
-            *(f"{level['metrics'][name]:.4g}" if name in level["metrics"] else "-" for name in metrics),
-            level["gate"] or "-",
-            version,
-        )
+    """The levels of a finished run, one column each."""
+    levels = summary["levels"]
+    table = Table(title=f"run {summary['run_id']}", title_justify="left", header_style="bold")
+    table.add_column("")
+    for level in levels:
+        table.add_column(level["name"], justify="right")
+    rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "sparsity": lambda level: f"{100 * level['param_sparsity']:.1f} %",
+        "parameters": lambda level: f"{level['parameters']:,}",
+        "bytes": lambda level: f"{level['bytes']:,}",
+        **{name: partial(_metric, name) for name in metric_names(levels)},
+        "gate": lambda level: level["gate"] or "-",
+        "version": lambda level: str(level["model_version"] or "-"),
+        "alias": lambda level: f"@{level['alias']}" if level["alias"] else "-",
+    }
+    for name, cell in rows.items():
+        table.add_row(name, *map(cell, levels))
     return table
+
+
+def _metric(name: str, level: Mapping[str, Any]) -> str:
+    return f"{level['metrics'][name]:.4g}" if name in level["metrics"] else "-"
 
 
 def metric_names(levels: Sequence[Mapping[str, Any]]) -> list[str]:

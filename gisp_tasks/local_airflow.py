@@ -73,7 +73,7 @@ def run_dag(dag: "DAG", *, conf: dict[str, Any], on_event: Event) -> dict[str, A
     Raises:
         GispError: the error of the task that failed.
     """
-    from airflow.listeners.listener import get_listener_manager
+    from airflow.sdk.listener import get_listener_manager
     from airflow.utils.state import DagRunState
 
     listener = _make_listener(on_event)
@@ -99,7 +99,7 @@ def load_dag(recipe: Recipe) -> "DAG":
 
 
 def _make_listener(on_event: Event) -> Any:
-    """Airflow's listener hooks, turned into events; remembers the first error."""
+    """Airflow's listener hooks, turned into events; remembers the last error."""
     from airflow.listeners import hookimpl
 
     class Listener:
@@ -116,7 +116,7 @@ def _make_listener(on_event: Event) -> Any:
         @hookimpl
         def on_task_instance_failed(self, task_instance: Any, error: Any) -> None:
             on_event(task_instance.task_id, "failed")
-            if self.error is None and isinstance(error, GispError):
+            if isinstance(error, GispError):
                 self.error = error
 
     return Listener()

@@ -61,7 +61,7 @@ class CalibrationSection(_Section):
     """A named data set, or one's own file: `tokens` (.npy, .safetensors) or `text` (.txt, .jsonl, .parquet)."""
     split: str = "train"
     """Split of a named data set."""
-    path: str | None = Field(default=None, min_length=1)
+    path: str | None = None
     """The file, for `tokens` and `text`."""
     sequences: int = Field(default=2000, ge=1, le=1_000_000)
     """How many sequences are drawn."""
@@ -72,7 +72,7 @@ class CalibrationSection(_Section):
 
     @model_validator(mode="after")
     def _path_belongs_to_files(self) -> Self:
-        if self.dataset in FILE_DATASETS and self.path is None:
+        if self.dataset in FILE_DATASETS and not self.path:
             raise ValueError(f"dataset={self.dataset} needs `path`, the file to read, and none was given")
         if self.dataset in NAMED_DATASETS and self.path is not None:
             raise ValueError(

@@ -97,8 +97,6 @@ def _convert(gguf: Path, directory: Path) -> None:
     # The loaded configuration says "quantised", and such a model cannot be saved; its weights are plain by now.
     settings = dequantised.config.to_dict()
     del settings["quantization_config"]
-    # The GGUF metadata give no special tokens to the model, which would never stop without them.
-    settings |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
     model.load_state_dict(dequantised.state_dict())
     model.to(torch.bfloat16).save_pretrained(directory)

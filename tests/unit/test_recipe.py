@@ -388,13 +388,12 @@ def test_credentials_in_a_setting_are_not_repeated(load, setting):
     assert SECRET not in str(caught.value)
 
 
-def test_a_setting_changes_its_own_section_only(load):
+def test_aliases_are_refused(load):
     text = yaml.safe_dump(BASE | {"evaluation": None}).replace(
         "evaluation: null", "evaluation:\n  wikitext2: &text {windows: [128]}\n  embedded_text: *text"
     )
-    recipe = load(text, "evaluation.wikitext2.limit_tokens=512")
-    assert recipe.evaluation.wikitext2.limit_tokens == 512
-    assert recipe.evaluation.embedded_text.limit_tokens is None
+    with pytest.raises(InputError, match=r"aliases \(\*name\) are not allowed in line \d+"):
+        load(text)
 
 
 def test_the_store_replaces_that_of_the_file(load):
