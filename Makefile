@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint lock clean
+.PHONY: help setup demo demo-pages test test-slow lint lock clean
 
 help:  ## the targets and what they do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -20,3 +20,24 @@ lock:  ## resolve pyproject.toml anew into requirements.lock (needs uv)
 	(sed -n '/^#/p' requirements.lock; uv pip compile --quiet --python-version 3.11 --extra demo --extra dev \
 	  --no-annotate --no-header --no-emit-find-links $(UV_FLAGS) pyproject.toml | sed 's/^torch==\([0-9.]*\)+cpu/torch==\1/') > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+
+demo: setup  ## a real model through Airflow into S3 and MLflow, on this machine
+	$(BIN)/python -m gisp_tasks.demo run
+
+demo-pages: setup  ## Airflow's and MLflow's pages on the finished demo, until Ctrl-C
+	$(BIN)/python -m gisp_tasks.demo pages
+
+test: setup  ## the fast suite
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup  ## minutes: kill -9 at ten moments, Airflow's own scheduler, SmolLM2-135M
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+lint: setup  ## style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+clean:  ## remove the environment and the demo
+	rm -rf $(VENV) demo

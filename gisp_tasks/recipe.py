@@ -16,7 +16,7 @@ from gisp_tasks.errors import InputError
 from gisp_tasks.recipe_input import apply_settings, describe_errors, read_mapping, set_value
 from gisp_tasks.refs import canonical_json
 
-NAMED_DATASETS = ("c4", "wikitext2", "gsm8k", "embedded")
+NAMED_DATASETS = ("c4", "wikitext2", "gsm8k", "embedded", "embedded_arithmetic")
 FILE_DATASETS = ("tokens", "text")
 Level = Annotated[float, Field(ge=0.001, le=0.99)]
 
@@ -57,7 +57,7 @@ class ModelSection(_Section):
 class CalibrationSection(_Section):
     """The text whose loss decides what is removed."""
 
-    dataset: Literal["c4", "wikitext2", "gsm8k", "embedded", "tokens", "text"]
+    dataset: Literal["c4", "wikitext2", "gsm8k", "embedded", "embedded_arithmetic", "tokens", "text"]
     """A named data set, or one's own file: `tokens` (.npy, .safetensors) or `text` (.txt, .jsonl, .parquet)."""
     split: str = "train"
     """Split of a named data set."""

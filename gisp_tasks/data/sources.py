@@ -133,7 +133,7 @@ class Source:
 
     def _fields(self, *names: str) -> Iterator[tuple[str, ...]]:
         for number, row in enumerate(self.rows(), start=1):
-            values = tuple(row.get(name) for name in names)
+            values: tuple[Any, ...] = tuple(row.get(name) for name in names)
             if not all(isinstance(value, str) for value in values):
                 found = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items()) or "no field"
                 raise InputError(

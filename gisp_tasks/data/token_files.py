@@ -44,7 +44,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
         if path.suffix == ".safetensors":
             arrays: dict[str, NDArray[Any]] = load_file(path)
             return arrays
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, EOFError, TypeError, SafetensorError) as error:  # TypeError: bfloat16 and the like
         raise _refusal(path, f"bytes that do not read as {path.suffix} ({error})", "write it again") from error
     raise _refusal(path, f"the unknown kind {path.suffix!r}", "convert it")
 

@@ -6,6 +6,7 @@ A server is ready when it has answered a real request, and it is stopped with it
         os.environ.update(s3.environment)
 """
 
+import json
 import logging
 import os
 import random
@@ -25,6 +26,7 @@ from types import TracebackType
 from typing import Self
 
 from gisp_tasks.errors import InputError, PermanentError
+from gisp_tasks.local_airflow import airflow_environment
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +160,44 @@ def start_mlflow(directory: Path, *, port: int | None = None, environment: Mappi
     )
 
 
+def start_airflow(
+    home: Path, *, recipes: Path, port: int | None = None, environment: Mapping[str, str] | None = None
+) -> Service:
+    """A running Airflow on SQLite: scheduler, DAG processor, triggerer and pages, for whoever uses this machine.
+
+    Args:
+        home: Airflow's home; also holds the log. An ``airflow.db`` there is used, and migrated if need be.
+        recipes: a recipe file or a directory of them.
+        port: of the pages; by default a free one.
+        environment: further variables of its tasks, e.g. those of the S3 server.
+
+    Raises:
+        InputError: ``port`` is taken.
+        PermanentError: it did not answer in time; the message ends with its log.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    (chosen,) = _free_ports(1, port, 0)
+    url = f"http://127.0.0.1:{chosen}"
+    settings = {
+        **(environment or {}),
+        **airflow_environment(home, recipes=recipes),
+        "AIRFLOW__API__HOST": "127.0.0.1",
+        "AIRFLOW__API__PORT": str(chosen),
+        "AIRFLOW__API__BASE_URL": url,
+        "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(64),
+        # No login: the pages are bound to this machine.
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+        "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "10",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    command = [sys.executable, "-m", "airflow", "standalone"]
+    log = home / "standalone.log"
+    return _start(
+        Service(name="Airflow", url=url, port=chosen, environment={}, log=log, process=_spawn(command, log, settings)),
+        lambda: _airflow_answers(url),
+    )
+
+
 def _start(service: Service, answers: Callable[[], bool]) -> Service:
     """The service once it answers; stopped again when it does not."""
     with ExitStack() as stack:
@@ -235,6 +275,17 @@ def _mlflow_answers(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
+
+
+def _airflow_answers(url: str) -> bool:
+    """Whether pages and scheduler are up."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url}/api/v2/monitor/health", timeout=5) as response:
+            health = json.load(response)
+    except (OSError, ValueError):
+        return False
+    return all(health[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "dag_processor"))
 
 
 def _kept_secret(path: Path) -> str:
