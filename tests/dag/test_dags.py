@@ -192,8 +192,8 @@ def test_the_scheduler_can_store_it(load_dag: LoadDag) -> None:
     dag = load_dag()
     restored = DagSerialization.from_json(DagSerialization.to_json(dag))
     assert _edges(restored) == _edges(dag)
-    policy = restored.get_task("sp20.materialize").retry_policy
-    assert policy.rules[0].matches(errors.InputError("why"))
+    task = restored.get_task("step_001.score")
+    assert (task.pool, task.queue, task.retries, restored.max_active_runs) == ("gpu", "gpu-queue", 5, 1)
 
 
 def test_a_bad_recipe_warns_and_leaves_the_others(

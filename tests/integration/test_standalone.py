@@ -1,0 +1,135 @@
+"""A recipe under Airflow's own scheduler (`airflow standalone`), with a real S3 server and a real MLflow server."""
+
+import json
+import os
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gisp_tasks.demo.services import Service, start_airflow, start_mlflow, start_s3
+from gisp_tasks.demo.smollm2 import fetch
+
+pytestmark = pytest.mark.slow
+
+EVALUATION = {
+    "stories260k": {
+        "wikitext2": {"windows": [128], "limit_tokens": 2049},
+        "gsm8k": {"shots": 0, "limit": 2, "max_new_tokens": 16, "batch_size": 2, "limit_solutions": 4},
+    },
+    "smollm2-135m": {
+        "wikitext2": {"windows": [128, 2048], "limit_tokens": 8193},
+        "gsm8k": {"shots": 5, "limit": 8, "max_new_tokens": 128, "batch_size": 8, "limit_solutions": 64},
+    },
+}
+CALIBRATION = {
+    "stories260k": {"dataset": "wikitext2", "split": "validation", "sequences": 16, "sequence_length": 64},
+    "smollm2-135m": {"dataset": "wikitext2", "split": "validation", "sequences": 64, "sequence_length": 128},
+}
+
+
+class Api:
+    """Airflow's REST API as a client without a browser uses it."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._token = self._call("GET", "/auth/token")["access_token"]
+
+    def get(self, path: str) -> Any:
+        return self._call("GET", f"/api/v2{path}")
+
+    def send(self, method: str, path: str, body: dict[str, Any]) -> Any:
+        return self._call(method, f"/api/v2{path}", body)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if hasattr(self, "_token"):
+            headers["Authorization"] = f"Bearer {self._token}"
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(self._url + path, data=data, headers=headers, method=method)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Where everything lies; kept after the test when GISP_KEEP names a directory."""
+    return Path(os.environ["GISP_KEEP"]) if "GISP_KEEP" in os.environ else tmp_path
+
+
+@pytest.fixture
+def s3(place: Path):
+    with start_s3(place / "s3", access_key="standalone", secret_key="standalone-secret") as service:
+        import boto3
+
+        session = boto3.session.Session(
+            aws_access_key_id="standalone", aws_secret_access_key="standalone-secret", region_name="us-east-1"
+        )
+        session.client("s3", endpoint_url=service.url).create_bucket(Bucket="gisp")
+        yield service
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["stories260k", "smollm2-135m"])
+def test_the_scheduler_runs_a_recipe_from_model_to_registry(name, place, s3, testdata, monkeypatch):
+    model = testdata / "models" / "stories260K" if name == "stories260k" else fetch(place)
+    with start_mlflow(place / "mlflow", environment=s3.environment) as mlflow:
+        recipes = place / "recipes"
+        recipes.mkdir(exist_ok=True)
+        recipe = {
+            "name": name,
+            "model": {"source": str(model), "dtype": "float32"},
+            "calibration": CALIBRATION[name],
+            "pruning": {"levels": [0.2, 0.3, 0.4, 0.5], "steps": 5},
+            "evaluation": EVALUATION[name],
+            "publish": {
+                "store": "s3://gisp/models",
+                "mlflow": {"tracking_uri": mlflow.url, "model_name": f"{name}-gisp"},
+                "gate": {"max_perplexity_ratio": 8.0},
+            },
+        }
+        (recipes / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        environment = {**s3.environment, "GISP_DATA_ROOT": str(testdata / "data"), "HF_HUB_OFFLINE": "1"}
+        with start_airflow(place / "airflow", recipes=recipes, environment=environment) as airflow:
+            run = run_to_the_end(airflow, f"gisp_{name}")
+            assert run["state"] == "success"
+            if "GISP_PAUSE" in os.environ:  # to take screenshots of the pages
+                print(f"Airflow {airflow.url}, MLflow {mlflow.url}", flush=True)
+                time.sleep(float(os.environ["GISP_PAUSE"]))
+        for key, value in s3.environment.items():
+            monkeypatch.setenv(key, value)
+        check_registry(mlflow, f"{name}-gisp")
+
+
+def run_to_the_end(airflow: Service, dag_id: str) -> dict[str, Any]:
+    """Unpause, trigger, wait."""
+    api = Api(airflow.url)
+    deadline = time.monotonic() + 120
+    while dag_id not in {dag["dag_id"] for dag in api.get("/dags?limit=100")["dags"]}:
+        assert time.monotonic() < deadline, "the scheduler never saw the DAG"
+        time.sleep(2)
+    api.send("PATCH", f"/dags/{dag_id}", {"is_paused": False})
+    run_id = api.send("POST", f"/dags/{dag_id}/dagRuns", {"logical_date": None})["dag_run_id"]
+    while True:
+        run = api.get(f"/dags/{dag_id}/dagRuns/{run_id}")
+        if run["state"] in ("success", "failed"):
+            return run
+        time.sleep(3)
+
+
+def check_registry(mlflow: Service, model_name: str) -> None:
+    """Four versions with their tags; those that passed the gate can be loaded by their alias."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=mlflow.url, registry_uri=mlflow.url)
+    versions = client.search_model_versions(f"name = '{model_name}'")
+    assert sorted(version.tags["gisp.level"] for version in versions) == ["sp20", "sp30", "sp40", "sp50"]
+    for version in versions:
+        assert version.source.startswith("s3://gisp/models/runs/")
+        assert version.tags["gate"] in ("passed", "failed")
+        assert any(key.startswith("metric.gsm8k_solution_ppl_token") for key in version.tags)
+    aliases = client.get_registered_model(model_name).aliases
+    assert set(aliases) == {v.tags["gisp.level"] for v in versions if v.tags["gate"] == "passed"}
