@@ -52,10 +52,6 @@ def leave(status):
     os._exit(status)
 
 
-def not_json():
-    return object()
-
-
 def sleep(pid_file):
     with open(pid_file, "w") as file:
         file.write(str(os.getpid()))

@@ -32,7 +32,7 @@ def sha256(path: Path) -> str:
 def _clean_environment(monkeypatch, tmp_path):
     """No mirror, an empty hub cache, no network, and a cache directory of the test's own."""
     monkeypatch.delenv("GISP_DATA_ROOT", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("GISP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -254,7 +254,7 @@ def test_embedded_text_is_found_twice_with_the_same_bytes(tmp_path):
     assert first.files[0].path.is_relative_to(tmp_path / "cache")
     first.files[0].path.write_text("changed by someone\n")
     assert sources.find("embedded", "train").rows() == embedded.text_rows("train")
-    assert list((tmp_path / "cache" / "gisp" / "embedded").iterdir()) == [first.files[0].path]
+    assert list((tmp_path / "cache" / "embedded").iterdir()) == [first.files[0].path]
 
 
 def test_embedded_text_says_which_python_it_is_from():
@@ -263,8 +263,8 @@ def test_embedded_text_says_which_python_it_is_from():
 
 def test_cache_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="Set XDG_CACHE_HOME"):
+    monkeypatch.setenv("GISP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="Set GISP_CACHE"):
         sources.find("embedded", "train")
 
 

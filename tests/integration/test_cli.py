@@ -1,0 +1,258 @@
+"""The command line on a small trained model: its surface, and that its commands agree with each other."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from gisp_tasks.cli import app
+from gisp_tasks.refs import DirectoryListing
+
+SURFACE = {
+    "run": ["--json", "--resume", "--set", "--store", "recipe"],
+    "plan": ["--json", "--set", "recipe"],
+    "prune": ["--json", "--out", "--set", "recipe"],
+    "materialize": ["--dtype", "--model", "--order", "--out", "--sparsity", "--width-multiple"],
+    "evaluate": ["--dtype", "--json", "--set", "--task", "checkpoint"],
+}
+SUMMARY_KEYS = ["run_id", "store", "manifest_sha256", "levels"]
+LEVEL_KEYS = [
+    *("name", "param_sparsity", "parameters", "bytes", "metrics", "uri"),
+    *("model_name", "model_version", "alias", "gate"),
+]
+METRIC = "embedded_text_ppl_token_w128"
+
+# stories260K by hand: hidden 64, 5 layers, 4 kv groups of 2 query heads of 8, 172 channels, 512 tied embeddings.
+KV_GROUP = (2 * 8 + 8 + 8 + 2 * 8) * 64
+CHANNEL = 3 * 64
+DECODER = 5 * (2 * 64 + 4 * KV_GROUP + 172 * CHANNEL)
+OTHER = 512 * 64 + 64
+DENSE = 260_032
+
+
+def _gisp(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "gisp_tasks.cli", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run with one step a task, a directory as store, and MLflow on a database file.
+
+    Args:
+        recipe: its file.
+        model: directory of the base model.
+        mlflow: the database file.
+        summary: what `gisp run --json` printed.
+    """
+
+    recipe: Path
+    model: Path
+    mlflow: Path
+    summary: dict[str, Any]
+
+    @property
+    def prefix(self) -> Path:
+        return Path(self.summary["store"].removeprefix("file://"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, testdata: Path) -> Finished:
+    directory = tmp_path_factory.mktemp("cli")
+    recipe, model, mlflow = directory / "recipe.yaml", testdata / "models" / "stories260K", directory / "mlflow.db"
+    value = {
+        "name": "small",
+        "model": {"source": str(model), "dtype": "float32"},
+        "calibration": {"dataset": "embedded", "sequences": 16, "sequence_length": 64},
+        "pruning": {"levels": [0.2, 0.4], "steps": 4},
+        "evaluation": {"embedded_text": {"windows": [128], "limit_tokens": 2049}},
+        "publish": {
+            "store": f"file://{directory}/store",
+            "mlflow": {"tracking_uri": f"sqlite:///{mlflow}", "model_name": "small-gisp"},
+            # Between the ratios of the two levels: one passes, one fails.
+            "gate": {"max_perplexity_ratio": 2.0},
+        },
+    }
+    recipe.write_text(yaml.safe_dump(value))
+    return Finished(recipe, model, mlflow, json.loads(_gisp("run", str(recipe), "--json").stdout))
+
+
+def test_the_surface_grows_on_purpose_only() -> None:
+    group: Any = typer.main.get_command(app)
+    found = {
+        name: sorted(option for parameter in command.params for option in parameter.opts)
+        for name, command in group.commands.items()
+    }
+    assert found == SURFACE
+
+
+def test_every_command_explains_itself() -> None:
+    described = _gisp("--help").stdout
+    for name in SURFACE:
+        assert name in described
+        assert "Usage" in _gisp(name, "--help").stdout
+
+
+def test_plan(finished: Finished) -> None:
+    plan = json.loads(_gisp("plan", str(finished.recipe), "--json").stdout)
+    assert (plan["dense_parameters"], plan["dense_bytes"]) == (DENSE, 4 * DENSE) == (DECODER + OTHER, 1_040_128)
+    sp20, sp40 = DECODER * 8 // 10 + OTHER, DECODER * 6 // 10 + OTHER
+    assert plan["levels"] == [
+        {"name": "sp20", "sparsity": 0.2, "max_parameters": sp20, "max_bytes": 4 * sp20, "after_step": 2},
+        {"name": "sp40", "sparsity": 0.4, "max_parameters": sp40, "max_bytes": 4 * sp40, "after_step": 4},
+    ]
+    assert [step["target_sparsity"] for step in plan["steps"]] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert [step["completes"] for step in plan["steps"]] == [[], ["sp20"], [], ["sp40"]]
+    assert plan["micro_batch"] == 2048 // 64
+    # Six operations a weight and token, of the model as each step finds it.
+    assert plan["scoring_flops"] == pytest.approx(6 * 16 * 64 * (4 * DENSE - DECODER * (0.1 + 0.2 + 0.3)))
+    logits, activations = 3 * 4 * 2048 * 512, 4 * 2048 * 5 * (6 * 64 + 4 * 172)
+    assert plan["scoring_bytes"] == 4 * DENSE + 4 * DECODER + logits + activations
+
+
+def test_run_summary(finished: Finished) -> None:
+    summary = finished.summary
+    assert [key for key in summary if key != "step_seconds"] == SUMMARY_KEYS
+    assert len(summary["step_seconds"]) == 4
+    assert all(list(level) == LEVEL_KEYS for level in summary["levels"])
+    dense, *levels = summary["levels"]
+    assert (dense["name"], dense["param_sparsity"], dense["parameters"]) == ("dense", 0, DENSE)
+    assert dense["model_name"] is dense["model_version"] is dense["alias"] is dense["gate"] is None
+    assert [level["name"] for level in levels] == ["sp20", "sp40"]
+    for level, target in zip(levels, (0.2, 0.4), strict=True):
+        sparsity = 1 - (level["parameters"] - OTHER) / DECODER
+        assert level["param_sparsity"] == pytest.approx(sparsity)
+        assert target <= sparsity < target + 32 * CHANNEL / DECODER
+        assert level["model_name"] == "small-gisp"
+        assert level["uri"] == f"{summary['store']}/levels/{level['name']}"
+        assert level["bytes"] == DirectoryListing.of(Path(level["uri"].removeprefix("file://")) / "model").size
+        ratio = level["metrics"][METRIC] / dense["metrics"][METRIC]
+        assert level["gate"] == ("passed" if ratio <= 2.0 else "failed")
+        assert level["alias"] == (level["name"] if ratio <= 2.0 else None)
+    assert {level["gate"] for level in levels} == {"passed", "failed"}
+    assert {level["model_version"] for level in levels} == {1, 2}
+
+
+def test_running_again_publishes_nothing(finished: Finished) -> None:
+    before = _mtimes(finished.prefix)
+    assert "manifest.json" in before
+    again = json.loads(_gisp("run", str(finished.recipe), "--resume", "--json").stdout)
+    assert again == finished.summary
+    assert _mtimes(finished.prefix) == before
+    from gisp_tasks.stores.registry import MlflowRegistry
+
+    versions = MlflowRegistry(f"sqlite:///{finished.mlflow}").versions("small-gisp")
+    assert sorted(version.version for version in versions) == [1, 2]
+
+
+def test_fused_steps_give_the_same_bytes(finished: Finished, tmp_path: Path) -> None:
+    fused = json.loads(
+        _gisp(
+            *("run", str(finished.recipe), "--json", "--store", f"file://{tmp_path}/store"),
+            *("--set", "airflow.steps_per_task=3", "--set", f"publish.mlflow.tracking_uri=sqlite:///{tmp_path}/m.db"),
+        ).stdout
+    )
+    prefix = Path(fused["store"].removeprefix("file://"))
+    assert prefix != finished.prefix
+    assert fused["manifest_sha256"] == finished.summary["manifest_sha256"]
+    found, wanted = (DirectoryListing.of(directory).files for directory in (prefix, finished.prefix))
+    assert found.keys() == wanted.keys()
+    # Timings are of a run, not of its result, and the page shows them.
+    differing = {name for name in wanted if found[name] != wanted[name]}
+    assert differing <= {"report.html", *(f"steps/{step:04d}/timing.json" for step in range(1, 5))}
+    compared = wanted.keys() - differing
+    assert {"removal_order.safetensors", "steps/0003/scores.safetensors", "manifest.json"} <= compared
+    assert {f"levels/{level}/model/model.safetensors" for level in ("sp20", "sp40")} <= compared
+
+
+def test_prune_finds_the_order_of_the_run(finished: Finished, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = json.loads(_gisp("prune", str(finished.recipe), "--out", str(out), "--json").stdout)
+    assert result["removal_order"] == str(out / "removal_order.safetensors")
+    assert result["scores"] == [str(out / f"scores-{step:04d}.safetensors") for step in range(1, 5)]
+    from safetensors.numpy import load_file
+
+    # The run's id stands in the metadata, and differs: `prune` publishes nothing to MLflow.
+    pairs = [(out / "removal_order.safetensors", finished.prefix / "removal_order.safetensors")]
+    for step in range(1, 5):
+        pairs.append((out / f"scores-{step:04d}.safetensors", finished.prefix / f"steps/{step:04d}/scores.safetensors"))
+    for own, of_run in pairs:
+        found, wanted = load_file(own), load_file(of_run)
+        assert found.keys() == wanted.keys() == {*found}
+        assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    assert not list(out.glob("runs/*/levels"))
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.35])
+def test_materialize(finished: Finished, tmp_path: Path, sparsity: float) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    order, out = finished.prefix / "removal_order.safetensors", tmp_path / "level"
+    arguments = ("materialize", "--model", str(finished.model), "--order", str(order), "--out", str(out))
+    printed = _gisp(*arguments, "--sparsity", str(sparsity)).stdout
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{parameters:,} parameters" in printed
+    allowed = DECODER * (1 - sparsity) + OTHER
+    assert allowed - 32 * CHANNEL < parameters <= allowed
+    ids = AutoTokenizer.from_pretrained(out)("Once upon a time", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()
+    if sparsity == 0.2:
+        found, published = (DirectoryListing.of(d).files for d in (out, finished.prefix / "levels/sp20/model"))
+        assert found == published
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--sparsity", "0.6"), "0.6"),
+        (("--sparsity", "0.2", "--dtype", "int8"), "allowed are float32, bfloat16, float16"),
+        (("--sparsity", "0.2", "--order", "missing.safetensors"), "no such file"),
+    ],
+)
+def test_materialize_refuses(finished: Finished, tmp_path: Path, change: tuple[str, ...], message: str) -> None:
+    order, out = finished.prefix / "removal_order.safetensors", tmp_path / "level"
+    arguments = ("materialize", "--model", str(finished.model), "--order", str(order), "--out", str(out))
+    done = _gisp(*arguments, *change, status=2)
+    assert done.stderr.startswith("gisp: ")
+    assert message in done.stderr
+    assert not out.exists()
+
+
+def test_materialize_leaves_a_full_directory_alone(finished: Finished, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    order = finished.prefix / "removal_order.safetensors"
+    arguments = ("materialize", "--model", str(finished.model), "--order", str(order), "--sparsity", "0.2")
+    done = _gisp(*arguments, "--out", str(tmp_path), status=2)
+    assert "the directory is not empty" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("level", [0, 1], ids=["dense", "sp20"])
+def test_evaluate_agrees_with_the_run(finished: Finished, level: int) -> None:
+    directory = finished.model if level == 0 else finished.prefix / "levels/sp20/model"
+    section = ("--set", "embedded_text.windows=[128]", "--set", "embedded_text.limit_tokens=2049")
+    done = _gisp("evaluate", str(directory), "--task", "embedded_text", *section, "--json")
+    metrics = json.loads(done.stdout)["embedded_text"]["metrics"]
+    assert metrics == finished.summary["levels"][level]["metrics"]
+
+
+def _mtimes(directory: Path) -> dict[str, int]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_mtime_ns for path in files}
