@@ -19,11 +19,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import psutil
 
 from gisp_tasks.errors import InputError, PermanentError
 from gisp_tasks.local_airflow import airflow_environment
@@ -228,7 +230,11 @@ def _spawn(command: list[str], log: Path, environment: Mapping[str, str]) -> sub
 
 
 def _stop_group(process: subprocess.Popen[bytes]) -> None:
-    """Ask the group to end, then make it; also its orphans, when the leader has ended already."""
+    """Ask the group to end, then make it; also its orphans, and descendants that left the group (Airflow's tasks)."""
+    try:
+        descendants = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        descendants = []
     for number, patience_s in ((signal.SIGTERM, _STOP_TIMEOUT_S), (signal.SIGKILL, _STOP_TIMEOUT_S)):
         try:
             os.killpg(process.pid, number)
@@ -237,6 +243,9 @@ def _stop_group(process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + patience_s
         while _group_lives(process) and time.monotonic() < deadline:
             time.sleep(0.05)
+    for descendant in descendants:
+        with suppress(psutil.NoSuchProcess):
+            descendant.kill()
     process.poll()
 
 

@@ -130,6 +130,8 @@ def _planned_tensors(
     for name in source.names():
         if name == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue  # tied models may carry a copy of the embeddings
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # a table that old checkpoints carry, no parameter; transformers computes it
         shape = source.shape(name)
         if name not in cuts:
             yield TensorPlan(name, shape, lambda name=name: source.tensor(name))  # type: ignore[misc]

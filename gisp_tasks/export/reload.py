@@ -81,8 +81,7 @@ def prove_reload(
     """
     ids = torch.tensor([prompt])
     masked = load_model(base, dtype="float32", device="cpu")
-    # Weights are compared as the level holds them: rounded to its own dtype, then computed in float32.
-    masked.to(_stored_dtype(level)).to(torch.float32)
+    _round_weights(masked, _stored_dtype(level))
     mask_model(masked, geometry, keep)
     expected, expected_tokens = _logits_and_greedy(masked, ids, greedy_tokens)
     del masked
@@ -102,6 +101,15 @@ def prove_reload(
             f"{MAX_LOGIT_DIFFERENCE:g}; the checkpoint was not published"
         )
     return proof
+
+
+def _round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Weights as the level holds them, to be computed with in float32.
+
+    `Module.to` would round the rotary frequencies too, which no checkpoint holds.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).to(torch.float32)
 
 
 def _stored_dtype(directory: Path) -> torch.dtype:

@@ -43,7 +43,7 @@ def write_safetensors(path: Path, tensors: Sequence[TensorPlan], *, dtype: torch
         for plan in tensors:
             tensor = plan.make().to(dtype).contiguous()
             assert tuple(tensor.shape) == plan.shape, f"{plan.name}: planned {plan.shape}, made {tuple(tensor.shape)}"
-            file.write(tensor.view(torch.uint8).numpy().data)
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def shards(tensors: Sequence[TensorPlan], *, dtype: torch.dtype, max_bytes: int) -> list[list[TensorPlan]]:

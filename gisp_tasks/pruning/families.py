@@ -69,18 +69,12 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
     """The geometry that a ``config.json`` describes; an explicit ``head_dim`` counts, as transformers has it.
 
     Raises:
-        InputError: unsupported architecture, a missing size, or query heads that kv heads do not divide.
+        InputError: unsupported architecture, a missing or impossible size, or query heads that kv heads do not divide.
     """
     family = family_of(config)
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        layers, vocab = int(config["num_hidden_layers"]), int(config["vocab_size"])
-        intermediate = int(config["intermediate_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"config.json of the model lacks a usable size: {error}; give a complete configuration"
-        ) from None
-    groups = int(config.get("num_key_value_heads") or heads)
+    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    layers, vocab = _size(config, "num_hidden_layers"), _size(config, "vocab_size")
+    groups = _size(config, "num_key_value_heads", default=heads)
     if heads % groups:
         raise InputError(f"{heads} query heads cannot be shared by {groups} kv heads; check the model's config.json")
     untied_head = 0 if config.get("tie_word_embeddings", False) else vocab * hidden
@@ -91,16 +85,27 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
         hidden_size=hidden,
         num_query_heads=heads,
         num_kv_groups=groups,
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        intermediate_size=intermediate,
+        head_dim=_size(config, "head_dim", default=hidden // heads),
+        intermediate_size=_size(config, "intermediate_size"),
         vocab_size=vocab,
-        max_positions=int(config.get("max_position_embeddings", 2048)),
+        max_positions=_size(config, "max_position_embeddings", default=2048),
         qkv_bias=attention_bias,
         output_bias=attention_bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
         norm_parameters=2 * hidden,
         other_parameters=vocab * hidden + untied_head + hidden,
     )
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A size that must be a positive whole number; null counts as absent."""
+    value = default if config.get(name) is None else config[name]
+    if not isinstance(value, int) or value < 1:
+        raise InputError(
+            f"config.json of the model has {name}={value!r}; a size is a whole number from 1. Give a complete "
+            f"configuration"
+        )
+    return value
 
 
 def kept_positions(geometry: Geometry, keep: KeepSets, layer: int, structure: str) -> NDArray[np.int64]:

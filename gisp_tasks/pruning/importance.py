@@ -84,9 +84,10 @@ def score(
                     "one calibration sequence does not fit into the accelerator's memory; lower "
                     "calibration.sequence_length or use a larger device"
                 ) from None
-            micro_batch //= 2
-            torch.cuda.empty_cache()
-            logger.warning("Out of memory: the micro-batch is halved to %d sequences", micro_batch)
+        # Outside the handler: inside it the exception still holds the tensors of the failed pass.
+        micro_batch //= 2
+        torch.cuda.empty_cache()
+        logger.warning("Out of memory: the micro-batch is halved to %d sequences", micro_batch)
     _finite(objective)
     scores = _structure_scores(weights, gradients, keep, geometry, settings)
     return ScoringResult(scores, objective, micro_batch)

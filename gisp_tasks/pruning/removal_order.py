@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gisp_tasks.errors import InputError, IntegrityError
@@ -95,11 +95,14 @@ class RemovalOrder:
         """Read an order and its metadata.
 
         Raises:
-            IntegrityError: ranks that are no order, or steps that fall.
+            IntegrityError: not a file that `save` wrote, ranks that are no order, or steps that fall.
         """
-        with safe_open(path, framework="numpy") as file:
-            metadata = json.loads(file.metadata()["gisp"])
-            parts = [_removed(kind, file) for kind in Kind]
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = json.loads(file.metadata()["gisp"])
+                parts = [_removed(kind, file) for kind in Kind]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"{path.name} is no removal order: {error}") from error
         table = np.concatenate(parts, axis=1)
         table = table[:, np.argsort(table[0], kind="stable")]
         ranks, steps, kinds, layers, indices = table
@@ -112,6 +115,8 @@ def _removed(kind: Kind, file: Any) -> NDArray[np.int64]:
     """int64 [5, n]: rank, step, kind, layer and index of the removed structures of one kind."""
     rank = file.get_tensor(f"{kind.name.lower()}.{_RANK}")
     step = file.get_tensor(f"{kind.name.lower()}.{_STEP}")
+    if rank.shape != step.shape or not np.array_equal(rank >= 0, step >= 1):
+        raise ValueError(f"the {kind.name} ranks and steps do not belong together")
     layers, indices = np.nonzero(rank >= 0)
     kinds = np.full(len(layers), kind, dtype=np.int64)
     return np.stack([rank[layers, indices], step[layers, indices], kinds, layers, indices]).astype(np.int64)

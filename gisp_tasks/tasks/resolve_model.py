@@ -3,12 +3,16 @@
 import logging
 from pathlib import Path
 
+import numpy as np
+
 from gisp_tasks import __version__
 from gisp_tasks.data import calibration as calibration_data
 from gisp_tasks.errors import InputError, NumericsError
 from gisp_tasks.pruning.families import geometry_of
 from gisp_tasks.pruning.objectives import CalibrationSet
-from gisp_tasks.pruning.plan import Keys, make_plan
+from gisp_tasks.pruning.plan import Keys, Plan, make_plan
+from gisp_tasks.pruning.ranking import limits_of
+from gisp_tasks.pruning.structures import KeepSets
 from gisp_tasks.recipe import Recipe
 from gisp_tasks.refs import canonical_json, sha256_bytes
 from gisp_tasks.stores import model_source
@@ -47,7 +51,7 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
     directory = model_source.locate(model)
     calibration = build_calibration(parsed, directory, model)
     datasets = {name: source.describe() for name, source in evaluation_sources(parsed).items()}
-    _check_loss(parsed, directory, calibration.set)
+    _check_loss(parsed, plan, directory, calibration.set)
 
     identity: Json = {
         "recipe": parsed.identity(),
@@ -105,18 +109,26 @@ def recipe_yaml(recipe: Recipe) -> bytes:
     return yaml.safe_dump(recipe.identity(), sort_keys=False, allow_unicode=True).encode()
 
 
-def _check_loss(recipe: Recipe, directory: Path, calibration: CalibrationSet) -> None:
-    """One forward pass over the first sequence: weights that give no finite loss cannot be pruned."""
+def _check_loss(recipe: Recipe, plan: Plan, directory: Path, calibration: CalibrationSet) -> None:
+    """Score the first micro-batch: weights that give no finite loss, or no finite gradients, cannot be pruned."""
     from gisp_tasks.export.reload import load_model
-    from gisp_tasks.pruning.importance import objective_value
+    from gisp_tasks.pruning.importance import ScoringSettings, score
 
     model = load_model(directory, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
-    start, end = calibration.spans[0]
-    first = CalibrationSet(calibration.tokens[start:end], calibration.spans[:1] - start, calibration.weights[start:end])
+    spans = calibration.spans[: plan.micro_batch]
+    tokens = slice(spans[0, 0], spans[-1, 1])
+    # As if they were the whole set, so that what overflows there overflows here.
+    weights = calibration.weights[tokens] * (calibration.num_sequences / len(spans))
+    first = CalibrationSet(calibration.tokens[tokens], spans - spans[0, 0], weights)
+    geometry = plan.geometry
+    protected = limits_of(recipe.pruning.protect, recipe.pruning.width_multiple, geometry.num_layers).protected
+    settings = ScoringSettings(protected, recipe.importance.normaliser, plan.micro_batch)
     try:
-        objective_value(model, first)
+        scores = score(model, KeepSets.everything(geometry), geometry, first, settings).scores
+        if not (np.isfinite(scores.attention[~protected]).all() and np.isfinite(scores.mlp[~protected]).all()):
+            raise NumericsError("the gradients over the first calibration sequences are not finite")
     except NumericsError as error:
         raise InputError(
-            f"model {recipe.model.source} in {recipe.model.dtype}: {error}. A model whose loss is not finite cannot be "
-            f"scored; check its weights, or try model.dtype: float32"
+            f"model {recipe.model.source} in {recipe.model.dtype}: {error}. Only a model whose loss and gradients are "
+            f"finite can be scored; check its weights, or try model.dtype: float32"
         ) from None

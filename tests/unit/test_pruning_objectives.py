@@ -1,0 +1,49 @@
+"""Objectives as token weights."""
+
+import numpy as np
+import pytest
+
+from gisp_tasks.errors import InputError
+from gisp_tasks.pruning.objectives import perplexity
+
+
+def sequences(*lengths: int) -> list[np.ndarray]:
+    return [np.arange(length, dtype=np.int64) + 10 * i for i, length in enumerate(lengths)]
+
+
+def test_tokens_are_laid_end_to_end():
+    made = perplexity(sequences(3, 2))
+    assert made.tokens.tolist() == [0, 1, 2, 10, 11]
+    assert made.spans.tolist() == [[0, 3], [3, 5]]
+    assert (made.tokens.dtype, made.spans.dtype, made.weights.dtype) == (np.int32, np.int64, np.float64)
+    assert made.num_sequences == 2
+    assert made.num_targets == 3
+
+
+def test_every_sequence_weighs_the_same_whatever_its_length():
+    made = perplexity(sequences(5, 2, 9))
+    assert made.weights.sum() == pytest.approx(1)
+    for start, end in made.spans:
+        assert made.weights[start] == 0, "the first token is not predicted"
+        np.testing.assert_allclose(made.weights[start + 1 : end], 1 / (3 * (end - start - 1)))
+
+
+def test_sequences_of_one_length_weigh_every_target_alike():
+    made = perplexity(sequences(4, 4))
+    assert made.weights[made.weights > 0].tolist() == [1 / 6] * 6
+
+
+def test_prompts_are_given_not_predicted():
+    made = perplexity(sequences(5, 4), [3, 0])
+    np.testing.assert_allclose(made.weights, [0, 0, 0, 0.25, 0.25, 0, 1 / 6, 1 / 6, 1 / 6])
+
+
+def test_no_sequences_have_no_targets():
+    made = perplexity([])
+    assert made.num_sequences == made.num_targets == len(made.tokens) == 0
+
+
+@pytest.mark.parametrize(("lengths", "prompts"), [((4, 1), None), ((4, 3), [1, 3]), ((4, 0), None), ((2, 2), [2, 5])])
+def test_a_sequence_that_predicts_nothing_is_refused(lengths, prompts):
+    with pytest.raises(InputError, match="nothing is predicted"):
+        perplexity(sequences(*lengths), prompts)
