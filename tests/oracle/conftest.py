@@ -1,7 +1,6 @@
 """Models that the oracles are computed on: seeded tiny Llamas and a small trained one, as directories on disk."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +159,3 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
