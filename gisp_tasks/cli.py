@@ -5,6 +5,7 @@ Exit status: 0, 2 for bad input (one message, no traceback), 1 for a failure.
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -68,9 +69,9 @@ def run(
     from gisp_tasks import local_airflow
     from gisp_tasks.console import TaskProgress, ladder_table, output_to
 
-    log = local_airflow.CACHE / "logs" / f"{parsed.name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    log = local_airflow.CACHE / "logs" / f"{parsed.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     with output_to(log) as console, local_airflow.prepare(parsed):
-        console.print(f"[bold]{parsed.name}[/]: {parsed.model.source}, log in {log}", highlight=False)
+        console.print(f"[bold]{parsed.name}[/]: {parsed.model.source}, log in {log}", highlight=False, soft_wrap=True)
         dag = local_airflow.load_dag(parsed)
         with TaskProgress(console, total=len(dag.tasks)) as progress:
             manifest = local_airflow.run_dag(dag, conf={"resume": resume}, on_event=progress.event)

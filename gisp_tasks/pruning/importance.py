@@ -90,6 +90,9 @@ def score(
         logger.warning("Out of memory: the micro-batch is halved to %d sequences", micro_batch)
     _finite(objective)
     scores = _structure_scores(weights, gradients, keep, geometry, settings)
+    live = ~settings.protected[:, None]
+    if not all(np.isfinite(s[live & k]).all() for s, k in ((scores.attention, keep.attention), (scores.mlp, keep.mlp))):
+        raise NumericsError("a score is not finite although the objective is; check the weights and the dtype")
     return ScoringResult(scores, objective, micro_batch)
 
 
