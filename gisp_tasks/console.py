@@ -73,8 +73,8 @@ def ladder_table(summary: Mapping[str, Any]) -> Table:
         table.add_column(level["name"], justify="right", no_wrap=True)
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "sparsity": lambda level: f"{100 * level['param_sparsity']:.1f} %",
-        "parameters": lambda level: f"{level['parameters'] / 1e6:.4g} M",
-        "bytes": lambda level: f"{level['bytes'] / 1e6:.4g} MB",
+        "parameters": lambda level: f"{level['parameters'] / 1e6:.1f} M",
+        "bytes": lambda level: f"{level['bytes'] / 1e6:.0f} MB",
         **{name: partial(_metric, name) for name in metric_names(levels)},
         "gate": lambda level: level["gate"] or "-",
         "version": lambda level: str(level["model_version"] or "-"),

@@ -16,8 +16,9 @@ from gisp_tasks.errors import InputError
 from gisp_tasks.recipe_input import apply_settings, describe_errors, read_mapping, set_value
 from gisp_tasks.refs import canonical_json
 
-NAMED_DATASETS = ("c4", "wikitext2", "gsm8k", "embedded", "embedded_arithmetic")
-FILE_DATASETS = ("tokens", "text")
+NAMED_DATASETS = ("c4", "wikitext2", "gsm8k", "commonsense_qa", "embedded", "embedded_arithmetic")
+FILE_DATASETS = ("tokens", "text", "items")
+ITEM_DATASETS = ("commonsense_qa", "items")
 Level = Annotated[float, Field(ge=0.001, le=0.99)]
 
 
@@ -57,16 +58,22 @@ class ModelSection(_Section):
 class CalibrationSection(_Section):
     """The text whose loss decides what is removed."""
 
-    dataset: Literal["c4", "wikitext2", "gsm8k", "embedded", "embedded_arithmetic", "tokens", "text"]
-    """A named data set, or one's own file: `tokens` (.npy, .safetensors) or `text` (.txt, .jsonl, .parquet)."""
+    dataset: Literal[
+        "c4", "wikitext2", "gsm8k", "commonsense_qa", "embedded", "embedded_arithmetic", "tokens", "text", "items"
+    ]
+    """A named data set, or one's own file: `tokens` (.npy, .safetensors), `text` (.txt, .jsonl, .parquet) or `items`
+    (.jsonl). `commonsense_qa` is BoolQ, PIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA."""
     split: str = "train"
-    """Split of a named data set."""
+    """Split of a named data set. For `commonsense_qa`, `train_surrogate` takes a mirror's rows of that name where a
+    task has them, and `train` elsewhere; the record names each."""
     path: str | None = None
-    """The file, for `tokens` and `text`."""
+    """The file, for `tokens`, `text` and `items`."""
     sequences: int = Field(default=2000, ge=1, le=1_000_000)
-    """How many sequences are drawn."""
+    """How many sequences are drawn. For `commonsense_qa` and `items`, sequences x sequence_length is a budget of
+    tokens, counted over all candidates of an item; `commonsense_qa` splits it evenly over its seven tasks."""
     sequence_length: int = Field(default=256, ge=2, le=131_072)
-    """Tokens a sequence; the upper limit for data sets of items such as gsm8k."""
+    """Tokens a sequence. For gsm8k, `commonsense_qa` and `items` the longest that is taken: an item with a longer
+    candidate is skipped, and counted."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the draw."""
 
@@ -77,7 +84,7 @@ class CalibrationSection(_Section):
         if self.dataset in NAMED_DATASETS and self.path is not None:
             raise ValueError(
                 f"path={self.path!r} was given with dataset={self.dataset}, which has no path; "
-                f"use dataset: text or dataset: tokens to read a file, or remove `path`"
+                f"use dataset: text, tokens or items to read a file, or remove `path`"
             )
         return self
 
@@ -271,8 +278,9 @@ class Recipe(_Section):
     """Names the DAG and, by default, everything a user sees."""
     model: ModelSection
     calibration: CalibrationSection
-    objective: Literal["perplexity"] = "perplexity"
-    """`perplexity`: mean token cross-entropy of the calibration sequences."""
+    objective: Literal["perplexity", "margin"] = "perplexity"
+    """`perplexity`: mean token cross-entropy of the calibration sequences. `margin`: mean cross-entropy of the correct
+    answers minus that of the wrong ones, for data sets of items (`commonsense_qa`, `items`)."""
     importance: ImportanceSection = ImportanceSection()
     pruning: PruningSection = PruningSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -285,6 +293,21 @@ class Recipe(_Section):
             raise ValueError(
                 "publish.gate.max_perplexity_ratio is set, but the recipe has no text evaluation to measure it; "
                 "add evaluation.wikitext2 (or embedded_text), or set publish.gate.max_perplexity_ratio to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits_the_data(self) -> Self:
+        dataset = self.calibration.dataset
+        if self.objective == "margin" and dataset not in ITEM_DATASETS:
+            raise ValueError(
+                f"objective=margin compares correct with wrong answers, and calibration.dataset={dataset} has none; "
+                f"use calibration.dataset: {' or '.join(ITEM_DATASETS)}, or objective: perplexity"
+            )
+        if self.objective == "perplexity" and dataset in ITEM_DATASETS:
+            raise ValueError(
+                f"objective=perplexity would teach the wrong answers of calibration.dataset={dataset} too; use "
+                f"objective: margin, or a data set of text"
             )
         return self
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gisp_tasks.data import sources, token_files
+from gisp_tasks.data import items, sources, token_files
 from gisp_tasks.data.sources import Source, SourceFile
 from gisp_tasks.errors import InputError, IntegrityError
-from gisp_tasks.pruning.objectives import CalibrationSet, perplexity
+from gisp_tasks.pruning.objectives import CalibrationSet, Item, margin, perplexity
 from gisp_tasks.recipe import CalibrationSection
 from gisp_tasks.refs import canonical_json
 
 logger = logging.getLogger(__name__)
 
-Sequences = list[NDArray[np.int64]]
+Sequences = Sequence[NDArray[np.integer[Any]]]
 _MAX_SHORT_DRAWS = 10_000
 _DTYPES = {"tokens": np.dtype(np.int32), "spans": np.dtype(np.int64), "weights": np.dtype(np.float64)}
 
@@ -47,12 +47,18 @@ class _Draw:
         method: one sentence that says how they were drawn.
         prompt_lengths: leading tokens of each sequence that are no targets; None: the first only.
         counts: how much there was to draw from, and what was left out.
+        items: what the sequences are candidates of; None: they stand for themselves.
     """
 
     sequences: Sequences
     method: str
     prompt_lengths: list[int] | None = None
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+    items: list[Item] | None = None
+
+    def weighted(self) -> CalibrationSet:
+        """The objective that the data is for: the margin of items, else perplexity."""
+        return perplexity(self.sequences, self.prompt_lengths) if self.items is None else margin(self.items)
 
 
 def build(section: CalibrationSection, *, tokenizer: Any, vocab_size: int) -> Calibration:
@@ -69,7 +75,7 @@ def build(section: CalibrationSection, *, tokenizer: Any, vocab_size: int) -> Ca
     """
     source, description, draw = _drawn(section, tokenizer)
     _require_vocabulary(draw.sequences, vocab_size, source)
-    calibration_set = perplexity([tokens.astype(np.int32) for tokens in draw.sequences], draw.prompt_lengths)
+    calibration_set = draw.weighted()
     description |= {
         "dataset": section.dataset,
         "sampling": draw.method,
@@ -124,6 +130,13 @@ def _drawn(section: CalibrationSection, tokenizer: Any) -> tuple[str, dict[str, 
         file = SourceFile.of(path, path.name)
         source = Source("tokens", "all", "file", None, (file,))
         return f"the file {file.name}", {"source": source.describe(num_rows=len(array)), "tokenizer": None}, draw
+    if section.dataset in _ITEMS:
+        drawn = _ITEMS[section.dataset](section, tokenizer)
+        candidates = [candidate.tokens for item in drawn.items for candidate in item.candidates]
+        described = _describe_tokenizer(tokenizer) if drawn.tokenized_here else None
+        source_name = "the tokenizer" if described else "the file of items"
+        record = {"source": drawn.source, "tokenizer": described}
+        return source_name, record, _Draw(candidates, drawn.method, counts=drawn.counts, items=drawn.items)
     if section.dataset == "text":
         source = sources.from_file(Path(str(section.path)))
     else:
@@ -156,7 +169,7 @@ def _document_windows(source: Source, section: CalibrationSection, tokenizer: An
     length = section.sequence_length
     rng = random.Random(section.seed)  # noqa: S311 - a reproducible draw, not a secret
     too_short: dict[int, int] = {}
-    sequences: Sequences = []
+    sequences: list[NDArray[np.int64]] = []
     failures = 0
     while len(sequences) < section.sequences:
         if len(too_short) == len(texts) or failures == _MAX_SHORT_DRAWS:
@@ -266,4 +279,8 @@ _SAMPLERS: dict[str, Callable[[Source, CalibrationSection, Any], _Draw]] = {
     "text": _text_windows,
     "gsm8k": _solved_problems,
     "embedded_arithmetic": _solved_problems,
+}
+_ITEMS: dict[str, Callable[[CalibrationSection, Any], items.ItemDraw]] = {
+    "commonsense_qa": items.draw_commonsense_qa,
+    "items": items.draw_file,
 }

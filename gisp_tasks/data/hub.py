@@ -48,6 +48,42 @@ DATASETS = {
         "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
         {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
+    # The repositories that lm-eval reads for the tasks of these names.
+    "boolq": HubDataset(
+        "aps/super_glue",
+        "3de24cf8022e94f4ee4b9d55a6f539891524d646",
+        _parquet_splits("boolq", "train", "validation"),
+    ),
+    "piqa": HubDataset(
+        "baber/piqa",
+        "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
+        {"train": "piqa_train.parquet", "validation": "piqa_validation.parquet"},
+    ),
+    "hellaswag": HubDataset(
+        "Rowan/hellaswag",
+        "218ec52e09a7e7462a5400043bb9a69a41d06b76",
+        _parquet_splits("data", "train", "validation"),
+    ),
+    "winogrande": HubDataset(
+        "allenai/winogrande",
+        "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+        _parquet_splits("winogrande_xl", "train", "validation"),
+    ),
+    "arc_easy": HubDataset(
+        "allenai/ai2_arc",
+        "210d026faf9955653af8916fad021475a3f00453",
+        _parquet_splits("ARC-Easy", "train", "validation", "test"),
+    ),
+    "arc_challenge": HubDataset(
+        "allenai/ai2_arc",
+        "210d026faf9955653af8916fad021475a3f00453",
+        _parquet_splits("ARC-Challenge", "train", "validation", "test"),
+    ),
+    "openbookqa": HubDataset(
+        "allenai/openbookqa",
+        "388097ea7776314e93a529163e0fea805b8a6454",
+        _parquet_splits("main", "train", "validation", "test"),
+    ),
 }
 
 

@@ -24,6 +24,18 @@ def read_rows(path: Path) -> list[Row]:
         return reader(path)
 
 
+def read_numbered_lines(path: Path) -> list[tuple[int, Row]]:
+    """The objects of a JSON-lines file with their line numbers, from 1; blank lines are passed over.
+
+    Raises:
+        InputError: no such file, not JSON lines, or as in `read_rows`.
+    """
+    if ".json" not in _format(path):
+        raise InputError(f"data file {path}: JSON lines were expected. Allowed is .jsonl; convert the file to it")
+    with _readable(path):
+        return list(_numbered_objects(path))
+
+
 def count_rows(path: Path) -> int:
     """How many rows `read_rows` returns, without building them.
 
@@ -76,12 +88,14 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _read_json_lines(path: Path) -> list[Row]:
-    rows = []
+    return [row for _, row in _numbered_objects(path)]
+
+
+def _numbered_objects(path: Path) -> Iterator[tuple[int, Row]]:
     with _open_lines(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                rows.append(_json_object(path, number, line))
-    return rows
+                yield number, _json_object(path, number, line)
 
 
 def _json_object(path: Path, number: int, line: str) -> Row:
@@ -92,7 +106,7 @@ def _json_object(path: Path, number: int, line: str) -> Row:
     if not isinstance(row, dict):
         raise InputError(
             f"data file {path}, line {number}: a JSON object was expected, found {type(row).__name__}; "
-            f'write {{"text": …}} a line'
+            f'write {{"name": value, …}} a line'
         )
     return row
 

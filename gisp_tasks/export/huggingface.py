@@ -1,7 +1,7 @@
 """A level as a Hugging Face directory: dense sliced tensors under the ordinary names, a configuration by layer.
 
 `per_layer_config` is transformers' own schema, but no stock model class builds layers of different sizes yet, so
-the directory carries a short modelling file (`export/modeling`), named in `auto_map`.
+the directory carries a short modelling file (`export/modeling`), the same for every family, named in `auto_map`.
 """
 
 import json
@@ -24,6 +24,7 @@ SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
                     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+_MODELING = "modeling_pruned"
 _CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 
 
@@ -56,8 +57,7 @@ def write_checkpoint(base: Path, out: Path, *, geometry: Geometry, keep: KeepSet
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / _INDEX).write_bytes(canonical_json(index))
     (out / "config.json").write_bytes(canonical_json(pruned_config(config, geometry, keep, dtype)))
-    family = config["model_type"]
-    module = f"modeling_pruned_{family}.py"
+    module = f"{_MODELING}.py"
     (out / module).write_text((resources.files("gisp_tasks.export.modeling") / module).read_text())
     for name in (*_TOKENIZER_FILES, "generation_config.json"):
         if (base / name).is_file():
@@ -74,7 +74,7 @@ def pruned_config(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets,
         **config,
         "model_type": f"pruned_{family}",
         "architectures": [f"{title}ForCausalLM"],
-        "auto_map": {auto: f"modeling_pruned_{family}.{title}{suffix}" for auto, suffix in _CLASSES.items()},
+        "auto_map": {auto: f"{_MODELING}.{title}{suffix}" for auto, suffix in _CLASSES.items()},
         "head_dim": geometry.head_dim,
         "dtype": dtype,
         "per_layer_config": {

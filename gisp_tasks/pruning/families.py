@@ -29,15 +29,30 @@ class Projection:
     axis: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """One architecture: its projections by role, all below ``model.layers.<i>.``."""
+    """One architecture: its projections by role, all below ``model.layers.<i>.``, and what else its layers hold.
+
+    Args:
+        model_type: as in config.json.
+        projections: by role.
+        optional_biases: the keys of config.json that give projections biases: ``attention_bias`` (q, k, v and o)
+            and ``mlp_bias`` (gate, up and down). A key that is not named here means nothing to the architecture.
+        qkv_bias: q, k and v have biases, whatever the configuration says.
+        query_key_norms: a norm of head_dim parameters each for queries and keys, shared by all heads.
+        defaults: sizes that transformers assumes where config.json does not have the key.
+    """
 
     model_type: str
     projections: Mapping[str, Projection]
+    optional_biases: frozenset[str] = frozenset()
+    qkv_bias: bool = False
+    query_key_norms: bool = False
+    defaults: Mapping[str, int]
 
 
-_LLAMA_LAYOUT = {
+# The layout of Llama, which the others have taken over name by name.
+_LLAMA_LAYOUT: Mapping[str, Projection] = {
     "q": Projection("self_attn.q_proj", "query", ROWS),
     "k": Projection("self_attn.k_proj", "key_value", ROWS),
     "v": Projection("self_attn.v_proj", "key_value", ROWS),
@@ -47,7 +62,35 @@ _LLAMA_LAYOUT = {
     "down": Projection("mlp.down_proj", "channel", COLUMNS),
 }
 
-FAMILIES: Mapping[str, Family] = {"llama": Family("llama", _LLAMA_LAYOUT)}
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            model_type="llama",
+            projections=_LLAMA_LAYOUT,
+            optional_biases=frozenset({"attention_bias", "mlp_bias"}),
+            defaults={"max_position_embeddings": 2048},
+        ),
+        Family(
+            model_type="mistral",
+            projections=_LLAMA_LAYOUT,
+            defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        ),
+        Family(
+            model_type="qwen2",
+            projections=_LLAMA_LAYOUT,
+            qkv_bias=True,
+            defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        ),
+        Family(
+            model_type="qwen3",
+            projections=_LLAMA_LAYOUT,
+            optional_biases=frozenset({"attention_bias"}),
+            query_key_norms=True,
+            defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+        ),
+    )
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -66,40 +109,42 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def geometry_of(config: Mapping[str, Any]) -> Geometry:
-    """The geometry that a ``config.json`` describes; an explicit ``head_dim`` counts, as transformers has it.
+    """The geometry that a ``config.json`` describes, with the defaults of transformers where it has no key.
 
     Raises:
         InputError: unsupported architecture, a missing or impossible size, or query heads that kv heads do not divide.
     """
     family = family_of(config)
-    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    layers, vocab = _size(config, "num_hidden_layers"), _size(config, "vocab_size")
-    groups = _size(config, "num_key_value_heads", default=heads)
+    sizes = {**family.defaults, **config}
+    hidden, heads = _size(sizes, "hidden_size"), _size(sizes, "num_attention_heads")
+    layers, vocab = _size(sizes, "num_hidden_layers"), _size(sizes, "vocab_size")
+    groups = _size(sizes, "num_key_value_heads", if_null=heads)
+    head_dim = _size(sizes, "head_dim", if_null=hidden // heads)
     if heads % groups:
         raise InputError(f"{heads} query heads cannot be shared by {groups} kv heads; check the model's config.json")
     untied_head = 0 if config.get("tie_word_embeddings", False) else vocab * hidden
-    attention_bias = bool(config.get("attention_bias", False))
+    biases = {key for key in family.optional_biases if config.get(key, False)}
     return Geometry(
         family=family.model_type,
         num_layers=layers,
         hidden_size=hidden,
         num_query_heads=heads,
         num_kv_groups=groups,
-        head_dim=_size(config, "head_dim", default=hidden // heads),
-        intermediate_size=_size(config, "intermediate_size"),
+        head_dim=head_dim,
+        intermediate_size=_size(sizes, "intermediate_size"),
         vocab_size=vocab,
-        max_positions=_size(config, "max_position_embeddings", default=2048),
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        norm_parameters=2 * hidden,
+        max_positions=_size(sizes, "max_position_embeddings", if_null=family.defaults["max_position_embeddings"]),
+        qkv_bias=family.qkv_bias or "attention_bias" in biases,
+        output_bias="attention_bias" in biases,
+        mlp_bias="mlp_bias" in biases,
+        norm_parameters=2 * hidden + (2 * head_dim if family.query_key_norms else 0),
         other_parameters=vocab * hidden + untied_head + hidden,
     )
 
 
-def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A size that must be a positive whole number; null counts as absent."""
-    value = default if config.get(name) is None else config[name]
+def _size(config: Mapping[str, Any], name: str, if_null: int | None = None) -> int:
+    """A size that must be a positive whole number; ``if_null`` stands for null, and for a key without a default."""
+    value = if_null if config.get(name) is None else config[name]
     if not isinstance(value, int) or value < 1:
         raise InputError(
             f"config.json of the model has {name}={value!r}; a size is a whole number from 1. Give a complete "

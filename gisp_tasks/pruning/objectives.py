@@ -9,6 +9,7 @@ so a calibration set carries its objective as one weight a token, and scoring ne
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,58 @@ class CalibrationSet:
         return int(np.count_nonzero(self.weights))
 
 
-def perplexity(sequences: Sequence[NDArray[np.int32]], prompt_lengths: Sequence[int] | None = None) -> CalibrationSet:
+@dataclass(frozen=True)
+class Candidate:
+    """One answer to a prompt.
+
+    Args:
+        tokens: int [T], prompt and answer.
+        prompt_length: leading tokens that are given, not predicted; at least one.
+    """
+
+    tokens: NDArray[np.integer[Any]]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: its correct answer and its wrong ones, at least one."""
+
+    correct: Candidate
+    wrong: tuple[Candidate, ...]
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The correct one first."""
+        return (self.correct, *self.wrong)
+
+
+def margin(items: Sequence[Item]) -> CalibrationSet:
+    """Mean NLL of the correct answers minus mean NLL of all wrong ones, each answer by its own token mean.
+
+    A wrong candidate of an item with many of them weighs as much as that of an item with one (METHOD A2, B3). The
+    weights sum to 0, and one backward pass over them gives the difference of the two mean gradients. Deviation from
+    the reference code: an answer's weight does not depend on the batch it is scored in.
+
+    Raises:
+        InputError: a candidate has no prompt or no answer token, or an item has no wrong candidate.
+    """
+    num_wrong = sum(len(item.wrong) for item in items)
+    candidates: list[Candidate] = []
+    sharers: list[int] = []
+    for i, item in enumerate(items):
+        if not item.wrong:
+            raise InputError(f"calibration item {i} has no wrong answer; every item needs at least one")
+        candidates += item.candidates
+        sharers += [len(items)] + [-num_wrong] * len(item.wrong)
+    if any(candidate.prompt_length < 1 for candidate in candidates):
+        raise InputError("a calibration candidate has no prompt; every prompt needs at least one token")
+    return _weighted([c.tokens for c in candidates], [c.prompt_length for c in candidates], sharers)
+
+
+def perplexity(
+    sequences: Sequence[NDArray[np.integer[Any]]], prompt_lengths: Sequence[int] | None = None
+) -> CalibrationSet:
     """Mean over sequences of each one's mean token cross-entropy (METHOD B3; the paper's language-model loss).
 
     For sequences of one length this is the mean over all target tokens.
@@ -56,16 +108,23 @@ def perplexity(sequences: Sequence[NDArray[np.int32]], prompt_lengths: Sequence[
         InputError: a sequence has no target token.
     """
     prompts = [1] * len(sequences) if prompt_lengths is None else [max(1, length) for length in prompt_lengths]
+    return _weighted(sequences, prompts, [len(sequences)] * len(sequences))
+
+
+def _weighted(
+    sequences: Sequence[NDArray[np.integer[Any]]], prompts: Sequence[int], sharers: Sequence[int]
+) -> CalibrationSet:
+    """Lay sequences end to end; sequence i has weight 1 / sharers[i], which its targets share evenly."""
     ends = np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64)
     starts = ends - np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     weights = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=np.float64)
-    for i, (start, end, prompt) in enumerate(zip(starts, ends, prompts, strict=True)):
+    for i, (start, end, prompt, number) in enumerate(zip(starts, ends, prompts, sharers, strict=True)):
         num_targets = int(end - start) - prompt
         if num_targets < 1:
             raise InputError(
                 f"calibration sequence {i} has {end - start} tokens of which {prompt} are given, so nothing is "
                 f"predicted; every sequence needs at least one token after its prompt"
             )
-        weights[start + prompt : end] = 1.0 / (num_targets * len(sequences))
+        weights[start + prompt : end] = 1.0 / (num_targets * number)
     tokens = np.concatenate(sequences).astype(np.int32) if len(sequences) else np.zeros(0, np.int32)
     return CalibrationSet(tokens, np.stack([starts, ends], axis=1), weights)

@@ -183,9 +183,9 @@ def test_a_tokenizer_that_does_not_fit(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(
-    # An overflow of squared activations is normalised away on the way forward, and shows in the gradients only.
+    # An overflow of squared activations is normalised away on the way forward, and shows in a score is not finite only.
     ("value", "found"),
-    [("nan", "the objective over the calibration set is nan"), ("1e38", "the gradients")],
+    [("nan", "the objective over the calibration set is nan"), ("1e38", "a score is not finite")],
 )
 def test_weights_that_cannot_be_scored(desk: Desk, value: str, found: str) -> None:
     def spoil(tensors: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Models that the oracles are computed on: seeded tiny Llamas and a small trained one, as directories on disk."""
+"""Models that the oracles are computed on: seeded tiny ones and a small trained one, as directories on disk."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 _COMMON = {"num_hidden_layers": 3, "vocab_size": 61, "max_position_embeddings": 64, "intermediate_size": 40}
 
-# head_dim is explicit and never hidden_size / num_attention_heads.
-TINY = {
+# head_dim is explicit and never hidden_size / num_attention_heads, but for one whose config.json has none. Windows of
+# sliding attention are shorter than the sequences. Without a model_type: Llama.
+TINY: dict[str, dict[str, Any]] = {
     "mqa-tied": {
         "hidden_size": 16,
         "num_attention_heads": 4,
@@ -48,24 +52,68 @@ TINY = {
         "tie_word_embeddings": False,
         "mlp_bias": True,
     },
+    "mistral-gqa-untied-sliding": {
+        "model_type": "mistral",
+        "hidden_size": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "tie_word_embeddings": False,
+        "sliding_window": 8,
+    },
+    "qwen2-gqa-tied-no-head-dim": {
+        "model_type": "qwen2",
+        "hidden_size": 24,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "qwen2-gqa-untied-sliding": {
+        "model_type": "qwen2",
+        "hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "tie_word_embeddings": False,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+    "qwen3-gqa-tied": {
+        "model_type": "qwen3",
+        "hidden_size": 24,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 6,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-gqa-untied-biases": {
+        "model_type": "qwen3",
+        "hidden_size": 20,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+    },
 }
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model directory and its config.json."""
+    """A model directory and its config.json, with the head_dim that an absent one means."""
 
     path: Path
     config: dict[str, Any]
 
-    def load(self, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The stock class of transformers, in evaluation mode."""
-        return LlamaForCausalLM.from_pretrained(self.path, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).eval()
 
 
-def _build(directory: Path, **sizes: Any) -> Model:
-    config = LlamaConfig(**{**_COMMON, **sizes}, bos_token_id=1, eos_token_id=None, pad_token_id=None)
-    model = LlamaForCausalLM(config)
+def _build(directory: Path, model_type: str = "llama", **sizes: Any) -> Model:
+    tokens = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**_COMMON, **sizes, **tokens}))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,12 +121,13 @@ def _build(directory: Path, **sizes: Any) -> Model:
             offset = 1.0 if parameter.ndim == 1 else 0.0
             parameter.copy_(offset + 0.25 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(directory)
-    return Model(directory, json.loads((directory / "config.json").read_text()))
+    config = json.loads((directory / "config.json").read_text())
+    return Model(directory, {"head_dim": config["hidden_size"] // config["num_attention_heads"], **config})
 
 
 @pytest.fixture(scope="session")
 def build_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
-    """Build a tiny Llama of the sizes given."""
+    """Build a tiny model of the sizes given."""
     return lambda **sizes: _build(tmp_path_factory.mktemp("tiny"), **sizes)
 
 
@@ -113,10 +162,11 @@ def model(request: pytest.FixtureRequest, tiny_models: dict[str, Model]) -> Mode
 def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the norms of a float64 model compute in float64: as shipped, they round to float32 on the way."""
 
-    def forward(self: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from transformers import AutoModel
 
 from gisp_tasks.export import huggingface
 from gisp_tasks.export.huggingface import write_checkpoint
@@ -38,6 +39,12 @@ class Level:
     @property
     def config(self) -> dict[str, Any]:
         return json.loads((self.path / "config.json").read_text())
+
+    @property
+    def class_name(self) -> str:
+        """What the checkpoint loads as."""
+        titles = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+        return f"Pruned{titles[self.base.config['model_type']]}ForCausalLM"
 
     def load(self) -> torch.nn.Module:
         return load_model(self.path, dtype="float32", trust_remote_code=True, device="cpu")
@@ -180,11 +187,19 @@ def test_save_pretrained_round_trip_is_exact(level: Level, tmp_path: Path):
     model = level.load()
     model.save_pretrained(tmp_path / "again")
     again = load_model(tmp_path / "again", dtype="float32", trust_remote_code=True, device="cpu")
-    assert type(again).__name__ == "PrunedLlamaForCausalLM"
+    assert type(again).__name__ == level.class_name
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(_logits(model, _ids(level)), _logits(again, _ids(level)))
+
+
+def test_the_decoder_loads_without_its_head(level: Level):
+    decoder = AutoModel.from_pretrained(level.path, trust_remote_code=True, dtype="float32").eval()
+    assert type(decoder).__name__ == level.class_name.replace("ForCausalLM", "Model")
+    with torch.inference_mode():
+        found, expected = (model(input_ids=_ids(level)).last_hidden_state for model in (decoder, level.load().model))
+    assert torch.equal(found, expected)
 
 
 def test_slicing_in_memory_gives_the_checkpoint(level: Level):
@@ -312,4 +327,4 @@ def test_loads_in_a_process_that_has_no_gisp(tiny_models, written, random_keep, 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert results == [["PrunedLlamaForCausalLM", _greedy(_masked(level), _ids(level, 7))[0]] for level in levels]
+    assert results == [[level.class_name, _greedy(_masked(level), _ids(level, 7))[0]] for level in levels]

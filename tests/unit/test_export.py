@@ -135,9 +135,9 @@ def test_the_configuration_gives_each_layer_its_sizes(base: Path, geometry: Geom
     assert config["model_type"] == "pruned_llama"
     assert config["architectures"] == ["PrunedLlamaForCausalLM"]
     assert config["auto_map"] == {
-        "AutoConfig": "modeling_pruned_llama.PrunedLlamaConfig",
-        "AutoModel": "modeling_pruned_llama.PrunedLlamaModel",
-        "AutoModelForCausalLM": "modeling_pruned_llama.PrunedLlamaForCausalLM",
+        "AutoConfig": "modeling_pruned.PrunedLlamaConfig",
+        "AutoModel": "modeling_pruned.PrunedLlamaModel",
+        "AutoModelForCausalLM": "modeling_pruned.PrunedLlamaForCausalLM",
     }
     assert (config["head_dim"], config["dtype"]) == (6, "bfloat16")
     untouched = set(config_of(base)) - {"model_type", "architectures", "dtype"}
@@ -157,7 +157,7 @@ def test_tokenizer_and_generation_settings_travel_along(base: Path, level: Path,
         "config.json",
         "generation_config.json",
         "model.safetensors",
-        "modeling_pruned_llama.py",
+        "modeling_pruned.py",
     ]
     source = level.parent / "source"
     source.mkdir()

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gisp_tasks.errors import InputError
 from gisp_tasks.pruning.families import FAMILIES, geometry_of, kept_positions
@@ -29,17 +30,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "mqa": {"num_key_value_heads": 1},
     "mha": {"num_key_value_heads": 6},
-    "no explicit head_dim": {"head_dim": None},
     "attention_bias": {"attention_bias": True},
     "mlp_bias": {"mlp_bias": True},
     "all at once": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 2},
 }
+WITHOUT = ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings")
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
-def test_parameter_counts_equal_a_real_model(variant: str):
-    model = LlamaForCausalLM(LlamaConfig(**{**CONFIG, **VARIANTS[variant]}))
-    geometry = geometry_of(model.config.to_dict())
+def real_model(config: dict[str, Any]) -> PreTrainedModel:
+    """What transformers builds from a config.json, without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameter_counts_equal_a_real_model(family: str, variant: str):
+    # A family that has no such option gets the key all the same: it must mean as little as it does to transformers.
+    config = {**CONFIG, "model_type": family, **VARIANTS[variant]}
+    model, geometry = real_model(config), geometry_of(config)
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
     assert geometry.decoder_parameters == layers
     assert geometry.other_parameters == sum(parameter.numel() for parameter in model.parameters()) - layers
@@ -48,16 +57,47 @@ def test_parameter_counts_equal_a_real_model(variant: str):
     assert geometry.max_positions == 77
 
 
-def test_every_projection_names_a_weight_of_the_real_model():
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
-    found = {projection.path for projection in FAMILIES["llama"].projections.values()}
-    linear = {
-        name.removesuffix(".weight") for name, weight in model.model.layers[0].named_parameters() if weight.ndim == 2
-    }
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("absent", [(name,) for name in WITHOUT] + [WITHOUT], ids="+".join)
+def test_absent_keys_take_the_defaults_of_transformers(family: str, absent: tuple[str, ...]):
+    config = {**CONFIG, "model_type": family, "num_attention_heads": 32, "hidden_size": 96, "num_key_value_heads": 8}
+    config = {key: value for key, value in config.items() if key not in absent}
+    model, geometry = real_model(config), geometry_of(config)
+    attention = model.model.layers[0].self_attn
+    found = (geometry.num_query_heads * geometry.head_dim, geometry.num_kv_groups * geometry.head_dim)
+    assert found == (attention.q_proj.out_features, attention.k_proj.out_features)
+    assert (geometry.head_dim, geometry.max_positions) == (attention.head_dim, model.config.max_position_embeddings)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert geometry.decoder_parameters + geometry.other_parameters == total
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "head_dim"),
+        ("llama", "num_key_value_heads"),
+        ("mistral", "head_dim"),
+        ("qwen2", "num_key_value_heads"),
+        ("qwen3", "num_key_value_heads"),
+    ],
+)
+def test_null_follows_from_the_other_sizes(family: str, name: str):
+    config = {**CONFIG, "model_type": family, name: None}
+    model, geometry = real_model(config), geometry_of(config)
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    assert geometry.decoder_parameters == layers
+    assert (geometry.head_dim, geometry.num_kv_groups) == ((4, 3) if name == "head_dim" else (10, 6))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_projection_names_a_weight_of_the_real_model(family: str):
+    layer = real_model({**CONFIG, "model_type": family}).model.layers[0]
+    found = {projection.path for projection in FAMILIES[family].projections.values()}
+    linear = {name.removesuffix(".weight") for name, weight in layer.named_parameters() if weight.ndim == 2}
     assert found == linear
 
 
-def test_absent_and_null_sizes_take_the_defaults_of_transformers():
+def test_null_counts_as_absent_where_transformers_has_one_answer_for_both():
     config = {key: value for key, value in CONFIG.items() if key not in ("num_key_value_heads", "head_dim")}
     config["max_position_embeddings"] = None
     geometry = geometry_of(config)
@@ -67,7 +107,7 @@ def test_absent_and_null_sizes_take_the_defaults_of_transformers():
 
 
 def test_an_unsupported_architecture_lists_the_supported_ones():
-    with pytest.raises(InputError, match=r"'gpt2'.*supported are llama\b"):
+    with pytest.raises(InputError, match=r"'gpt2'.*supported are llama, mistral, qwen2, qwen3\."):
         geometry_of({**CONFIG, "model_type": "gpt2"})
     with pytest.raises(InputError, match="None"):
         geometry_of({})
@@ -97,6 +137,18 @@ def test_an_optional_size_must_be_one_too(name: str, value: object):
 def test_kv_heads_must_divide_the_query_heads(groups: int):
     with pytest.raises(InputError, match=f"6 query heads cannot be shared by {groups} kv heads"):
         geometry_of({**CONFIG, "num_key_value_heads": groups})
+
+
+def test_costs_of_families():
+    plain = geometry_of(CONFIG)
+    biased = {"attention_bias": True, "mlp_bias": True}
+    assert dataclasses.replace(geometry_of({**CONFIG, **biased, "model_type": "mistral"}), family="llama") == plain
+    qwen2 = geometry_of({**CONFIG, "model_type": "qwen2"})
+    assert qwen2.kv_group_parameters == plain.kv_group_parameters + (2 + 1 + 1) * 10
+    assert qwen2.layer_overhead == plain.layer_overhead, "o has no bias"
+    qwen3 = geometry_of({**CONFIG, "model_type": "qwen3"})
+    assert qwen3.layer_overhead == plain.layer_overhead + 2 * 10, "norms of queries and keys stay"
+    assert qwen3.kv_group_parameters == plain.kv_group_parameters
 
 
 def test_costs_of_structures():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gisp_tasks.errors import InputError
-from gisp_tasks.pruning.objectives import perplexity
+from gisp_tasks.pruning.objectives import Candidate, Item, margin, perplexity
 
 
 def sequences(*lengths: int) -> list[np.ndarray]:
@@ -47,3 +47,47 @@ def test_no_sequences_have_no_targets():
 def test_a_sequence_that_predicts_nothing_is_refused(lengths, prompts):
     with pytest.raises(InputError, match="nothing is predicted"):
         perplexity(sequences(*lengths), prompts)
+
+
+def item(prompt: int, correct: int, *wrong: int) -> Item:
+    """Of these numbers of tokens."""
+    made, *others = (Candidate(np.arange(prompt + answer), prompt) for answer in (correct, *wrong))
+    return Item(made, tuple(others))
+
+
+def test_margin_weighs_right_answers_against_all_wrong_ones():
+    made = margin([item(2, 3, 1, 2), item(1, 1, 4)])
+    third = 1 / 3
+    expected = [
+        *([0, 0, 1 / 6, 1 / 6, 1 / 6], [0, 0, -third], [0, 0, -third / 2, -third / 2]),
+        *([0, 1 / 2], [0, *[-third / 4] * 4]),
+    ]
+    assert made.num_sequences == len(expected)
+    for (start, end), weights in zip(made.spans, expected, strict=True):
+        np.testing.assert_allclose(made.weights[start:end], weights)
+    assert made.weights.sum() == pytest.approx(0, abs=1e-15)
+    assert (made.tokens.dtype, made.spans.dtype, made.weights.dtype) == (np.int32, np.int64, np.float64)
+
+
+def test_the_order_of_items_changes_no_weight():
+    items = [item(2, 3, 1, 2), item(1, 1, 4), item(5, 2, 2, 2, 2)]
+    forward, backward = margin(items), margin(items[::-1])
+
+    def weights(made):
+        return sorted(made.weights[start:end].tolist() for start, end in made.spans)
+
+    assert weights(forward) == weights(backward)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (item(2, 3), "item 1 has no wrong answer"),
+        (item(2, 0, 1), "sequence 2 has 2 tokens"),
+        (item(2, 1, 0), "sequence 3 has 2 tokens"),
+        (item(0, 1, 2), "no prompt"),
+    ],
+)
+def test_an_item_that_compares_nothing_is_refused(broken, message):
+    with pytest.raises(InputError, match=message):
+        margin([item(1, 1, 1), broken])

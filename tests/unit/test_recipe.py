@@ -125,9 +125,23 @@ def test_protected_layers_are_a_fraction_or_a_whole_number(value):
     assert "pruning.protect.first_layers" in refusal(pruning={"protect": {"first_layers": value}})
 
 
+@pytest.mark.parametrize("calibration", [{"dataset": "commonsense_qa"}, {"dataset": "items", "path": "a.jsonl"}])
+def test_objectives_go_with_their_data(calibration):
+    assert parse(objective="margin", calibration=calibration).objective == "margin"
+    message = refusal(calibration=calibration)
+    assert (
+        f"objective=perplexity would teach the wrong answers of calibration.dataset={calibration['dataset']}" in message
+    )
+    assert "objective: margin" in message
+    message = refusal(objective="margin")
+    assert "calibration.dataset=c4 has none; use calibration.dataset: commonsense_qa or items" in message
+
+
 @pytest.mark.parametrize(
     ("calibration", "expected"),
     [
+        ({"dataset": "items"}, "dataset=items needs `path`"),
+        ({"dataset": "commonsense_qa", "path": "a.jsonl"}, "path='a.jsonl' was given with dataset=commonsense_qa"),
         ({"dataset": "text"}, "dataset=text needs `path`"),
         ({"dataset": "tokens"}, "dataset=tokens needs `path`"),
         ({"dataset": "c4", "path": "a.txt"}, "path='a.txt' was given with dataset=c4"),

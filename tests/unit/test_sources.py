@@ -177,7 +177,7 @@ def test_broken_download_is_tried_again_and_a_refusal_is_not(monkeypatch, error,
 @pytest.mark.parametrize(
     ("dataset", "split", "message"),
     [
-        ("wikitext3", "test", "Known are wikitext2, gsm8k, c4, embedded, embedded_arithmetic"),
+        ("wikitext3", "test", "Known are wikitext2, gsm8k, c4, boolq, .*, openbookqa, embedded, embedded_arithmetic;"),
         ("gsm8k", "validation", "It has train, test"),
         ("embedded", "validation", "It has train, test"),
     ],
