@@ -27,6 +27,8 @@ DEVIATIONS = (
     "The schedule is linear in parameter sparsity (the reference code: linear in structures, first value 0).",
     "The count of removals is exact, ties go by kind, layer and index (the reference code: a threshold, ties all go).",
     "The model is sliced between steps (the reference code: masked at its dense size).",
+    "Margin: each candidate counts by its own token mean (the reference code: the mean over a batch's answer tokens).",
+    "Margin: prompts are lm-eval's, and WinoGrande's labels are read (the reference code: its own; always option 2).",
     "MLP widths of a level are rounded up, filled with the channels removed last (the reference code: no export).",
 )
 """Where the default method differs from the published reference code."""
