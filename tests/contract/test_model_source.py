@@ -75,7 +75,7 @@ def test_files_of_a_directory_that_changed_are_refused(model):
 def test_code_of_a_model_needs_permission_and_is_then_recorded(model):
     (model / "modeling_own.py").write_text("")
     (model / "config.json").write_text('{"model_type": "llama", "auto_map": {}}')
-    with pytest.raises(InputError, match=r"set model\\.trust_remote_code: true"):
+    with pytest.raises(InputError, match=r"set model\.trust_remote_code: true"):
         model_source.resolve(ModelSection(source=str(model)))
     record = model_source.resolve(ModelSection(source=str(model), trust_remote_code=True))
     assert record["trust_remote_code"]
