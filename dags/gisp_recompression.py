@@ -113,7 +113,7 @@ def report(recipe: Json, run: Json) -> Json:
 def recompression_dag(recipe: Recipe, source: Path) -> DAG:
     """The DAG of a recipe."""
     data = recipe.model_dump(mode="json")
-    accelerator = {"pool": recipe.airflow.pool, "queue": recipe.airflow.queue or "default"}
+    accelerator = _accelerator(recipe)
     with DAG(
         dag_id=f"gisp_{recipe.name}",
         description=f"{recipe.model.source} to {', '.join(recipe.level_names)}",
@@ -152,7 +152,7 @@ def recompression_dag(recipe: Recipe, source: Path) -> DAG:
 
 def _steps(recipe: Recipe, data: Json, run: Any, calibration: Any) -> dict[int, Any]:
     """The steps in a row; step -> the removal order after it."""
-    accelerator = {"pool": recipe.airflow.pool, "queue": recipe.airflow.queue or "default"}
+    accelerator = _accelerator(recipe)
     orders: dict[int, Any] = {}
     order = None
     for steps in fused_steps(recipe.pruning.steps, recipe.airflow.steps_per_task):
@@ -181,11 +181,16 @@ def _level(recipe: Recipe, data: Json, run: Any, name: str, order: Any, dense: l
 
 
 def _evaluations(recipe: Recipe, data: Json, run: Any, level: str, model: Any) -> list[Any]:
-    accelerator = {"pool": recipe.airflow.pool, "queue": recipe.airflow.queue or "default"}
+    accelerator = _accelerator(recipe)
     return [
         evaluate.override(task_id=f"evaluate_{name}", **accelerator)(data, run, level, name, model)
         for name in recipe.evaluation.tasks
     ]
+
+
+def _accelerator(recipe: Recipe) -> dict[str, str]:
+    """Where tasks that load a model run."""
+    return {"pool": recipe.airflow.pool, "queue": recipe.airflow.queue or "default"}
 
 
 def close_mlflow_run(context: Any) -> None:

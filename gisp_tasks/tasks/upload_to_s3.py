@@ -5,11 +5,11 @@ import logging
 import numpy as np
 
 from gisp_tasks.pruning.plan import DENSE, DTYPE_BYTES, Keys
-from gisp_tasks.pruning.removal_order import RemovalOrder
 from gisp_tasks.pruning.structures import KeepSets
 from gisp_tasks.refs import ArtifactRef, canonical_json, sha256_bytes
 from gisp_tasks.tasks.gate import judge
 from gisp_tasks.tasks.runtime import Json, Run, scratch
+from gisp_tasks.tasks.score import load_order
 from gisp_tasks.tasks.tracking import log_metrics
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,9 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
             if not name.startswith("model/"):
                 ref = this.store.put(Keys.level(level, name), path)
                 package[name] = {"sha256": ref.sha256, "size": ref.size}
-        order_path = this.store.fetch(ArtifactRef.from_dict(order), directory / "removal_order.safetensors")
-        keep = RemovalOrder.load(order_path)[0].level(
-            plan.sparsity, geometry=this.geometry, width_multiple=this.limits.width_multiple
-        )
+    keep = load_order(this, ArtifactRef.from_dict(order)).level(
+        plan.sparsity, geometry=this.geometry, width_multiple=this.limits.width_multiple
+    )
     evaluation_ref = this.publish_json(Keys.level(level, "evaluation.json"), evaluation)
     this.store.verify_directory(Keys.level(level, "model"))
     parameters = this.geometry.parameters_of(keep) + this.geometry.other_parameters
