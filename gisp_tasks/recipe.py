@@ -90,10 +90,12 @@ class CalibrationSection(_Section):
 
 
 class ImportanceSection(_Section):
-    """How a structure's importance is measured (METHOD: first-order, loss-based, global)."""
+    """How a structure's importance is measured: by the task's own loss, globally."""
 
-    score: Literal["taylor"] = "taylor"
-    """`taylor`: sum over the structure's weights of |weight x gradient| of the whole set's loss."""
+    score: Literal["taylor", "gate_fisher"] = "taylor"
+    """`taylor`: sum over the structure's weights of |weight x gradient| of the whole set's loss (the paper's).
+    `gate_fisher`: mean over sequences of the squared derivative of the sequence's loss by a gate on the structure's
+    output; needs no weight gradients."""
     normaliser: Literal["elements", "reference"] = "elements"
     """`elements`: the structure's own number of scored weights (the paper's Algorithm 1); `reference`: 4 x head_dim
     x hidden for attention, 3 x intermediate for a channel (the published code)."""

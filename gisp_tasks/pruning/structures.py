@@ -135,6 +135,19 @@ class KeepSets:
 
 
 @dataclass(frozen=True)
+class LayerImportance:
+    """Raw importance, before any normaliser, of the structures that a layer still has.
+
+    Args:
+        attention: float64 [K'], in the order of the kept kv groups.
+        mlp: float64 [F'], in the order of the kept channels.
+    """
+
+    attention: NDArray[np.float64]
+    mlp: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Removals:
     """A sequence of structures in the order in which they go.
 

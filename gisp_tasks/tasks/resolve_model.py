@@ -120,7 +120,8 @@ def _check_loss(recipe: Recipe, plan: Plan, directory: Path, calibration: Calibr
     first = CalibrationSet(calibration.tokens[tokens], spans - spans[0, 0], weights)
     geometry = plan.geometry
     protected = limits_of(recipe.pruning.protect, recipe.pruning.width_multiple, geometry.num_layers).protected
-    settings = ScoringSettings(protected, recipe.importance.normaliser, plan.micro_batch)
+    asked = recipe.importance
+    settings = ScoringSettings(protected, asked.normaliser, plan.micro_batch, score=asked.score)
     try:
         score(model, KeepSets.everything(geometry), geometry, first, settings)
     except NumericsError as error:

@@ -63,8 +63,9 @@ class Scorer:
         keep = order.keep_sets(run.geometry)
         slice_model(self._model, run.geometry, now=self._held, wanted=keep)
         self._held = keep
+        asked = run.recipe.importance
         settings = importance.ScoringSettings(
-            run.limits.protected, run.recipe.importance.normaliser, run.plan.micro_batch
+            run.limits.protected, asked.normaliser, run.plan.micro_batch, score=asked.score
         )
         result = importance.score(self._model, keep, run.geometry, self._calibration, settings)
         took = time.monotonic() - began

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gisp_tasks.errors import NumericsError, PermanentError
-from gisp_tasks.pruning import importance, objectives
+from gisp_tasks.pruning import importance, objectives, taylor
 from gisp_tasks.pruning.families import geometry_of
 from gisp_tasks.pruning.importance import ScoringSettings
 from gisp_tasks.pruning.ranking import Limits, next_removals
@@ -252,9 +252,9 @@ def test_a_channel_with_one_weight_scores_that_weight_alone(tiny_models, random_
 
 def _gradients(model: nn.Module, config: dict, sequences: list[np.ndarray], micro_batch: int) -> dict:
     geometry = geometry_of(config)
-    weights = importance._scored_weights(model, geometry, np.zeros(geometry.num_layers, dtype=np.bool_))
+    weights = taylor.scored_weights(model, geometry, np.zeros(geometry.num_layers, dtype=np.bool_))
     calibration = objectives.perplexity(sequences)
-    objective, gradients = importance._accumulate(model, weights, calibration, micro_batch)
+    objective, gradients = taylor.accumulate(model, weights, calibration, micro_batch)
     return {"objective": torch.tensor(objective, dtype=torch.float64), **gradients}
 
 
@@ -355,7 +355,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_score(
     everything, loaded = KeepSets.everything(geometry), model.load(torch.float64)
     expected = importance.score(loaded, everything, geometry, calibration, settings_for(model.config, micro_batch=1))
     tried = []
-    batch_loss = importance._batch_loss
+    batch_loss = taylor.batch_loss
 
     def limited(network: nn.Module, batch) -> torch.Tensor:
         tried.append(len(batch.tokens))
@@ -364,7 +364,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_score(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return batch_loss(network, batch)
 
-    monkeypatch.setattr(importance, "_batch_loss", limited)
+    monkeypatch.setattr(taylor, "batch_loss", limited)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     found = importance.score(loaded, everything, geometry, calibration, settings_for(model.config, micro_batch=5))
     assert found.micro_batch == {1: 1, 2: 2, 5: 5}[fits]
@@ -381,7 +381,7 @@ def test_one_sequence_that_does_not_fit_is_permanent(tiny_models, random_sequenc
     def full(*_: object) -> torch.Tensor:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(importance, "_batch_loss", full)
+    monkeypatch.setattr(taylor, "batch_loss", full)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with pytest.raises(PermanentError, match="sequence_length"):
         importance.score(model.load(), KeepSets.everything(geometry), geometry, calibration, settings_for(model.config))

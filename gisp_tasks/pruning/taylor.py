@@ -1,0 +1,108 @@
+"""First-order importance: gradients of the scored weights over the whole calibration set.
+
+    importance(s) = sum over the scored weights w of structure s of |w * dL/dw|
+
+with L the objective over the WHOLE set and the absolute value taken once, after the sum (paper, Algorithm 1;
+METHOD A2, B2). Deviations from the reference code: gradients accumulate in float32 whatever the weights' type,
+are taken for scored weights only, and under grouped-query attention the structure is the whole kv group, with its
+k and v rows.
+
+Shape legend: K' kv groups and F' channels that a layer still has.
+"""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from gisp_tasks.pruning.families import FAMILIES, ROWS, Projection
+from gisp_tasks.pruning.forward import batch_loss, batches, device_of, loss_scale, num_batches
+from gisp_tasks.pruning.objectives import CalibrationSet
+from gisp_tasks.pruning.structures import Geometry, KeepSets, LayerImportance
+
+logger = logging.getLogger(__name__)
+
+ScoredWeights = dict[tuple[int, str], nn.Parameter]
+
+
+def taylor(
+    model: nn.Module, keep: KeepSets, geometry: Geometry, calibration: CalibrationSet, micro_batch: int, *,
+    protected: NDArray[np.bool_],
+) -> tuple[float, dict[int, LayerImportance]]:  # fmt: skip
+    """The objective's value, and the importance of every structure by layer, protected layers left out."""
+    weights = scored_weights(model, geometry, protected)
+    objective, gradients = accumulate(model, weights, calibration, micro_batch)
+    found = {}
+    for layer in np.flatnonzero(~protected):
+        groups, channels = int(keep.attention[layer].sum()), int(keep.mlp[layer].sum())
+        attention, mlp = np.zeros(groups), np.zeros(channels)
+        for role, projection in FAMILIES[geometry.family].projections.items():
+            key = (int(layer), role)
+            sums = _sum_by_structure(weights[key], gradients[key], projection)
+            if projection.structure == "channel":
+                mlp += sums
+            else:
+                attention += sums.reshape(groups, -1).sum(axis=1)
+        found[int(layer)] = LayerImportance(attention, mlp)
+    return objective, found
+
+
+def scored_weights(model: nn.Module, geometry: Geometry, protected: NDArray[np.bool_]) -> ScoredWeights:
+    """The weights that need a gradient, by (layer, role); every other parameter is frozen."""
+    model.requires_grad_(False)
+    found: ScoredWeights = {}
+    for layer in np.flatnonzero(~protected):
+        for role, projection in FAMILIES[geometry.family].projections.items():
+            weight = model.get_parameter(f"model.layers.{layer}.{projection.path}.weight")
+            weight.requires_grad_(True)
+            found[int(layer), role] = weight
+    return found
+
+
+def accumulate(
+    model: nn.Module, weights: ScoredWeights, calibration: CalibrationSet, micro_batch: int
+) -> tuple[float, dict[tuple[int, str], torch.Tensor]]:
+    """The objective and its gradient by scored weight, in float32 (float64 for a float64 model)."""
+    accumulators = {
+        key: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for key, weight in weights.items()
+    }
+    hooks = [weight.register_post_accumulate_grad_hook(_adder(accumulators[key])) for key, weight in weights.items()]  # type: ignore[no-untyped-call]
+    scale, number_of_batches = loss_scale(calibration), num_batches(calibration, micro_batch)
+    try:
+        total = torch.zeros((), dtype=torch.float64, device=device_of(model))
+        for number, batch in enumerate(batches(calibration, micro_batch, device_of(model)), 1):
+            loss = batch_loss(model, batch)
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach().double()
+            if number % max(1, number_of_batches // 5) == 0:
+                logger.info("scored %d of %d micro-batches", number, number_of_batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight in weights.values():
+            weight.grad = None
+    for accumulator in accumulators.values():
+        accumulator.div_(scale)
+    return float(total), accumulators
+
+
+def _adder(accumulator: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """A hook that moves a parameter's gradient into ``accumulator`` as soon as it is complete."""
+
+    def add(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        accumulator.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
+
+
+def _sum_by_structure(weight: torch.Tensor, gradient: torch.Tensor, projection: Projection) -> NDArray[np.float64]:
+    """float64 [n]: |w * g| summed over everything but the sliced side of the weight [out, in]."""
+    products = (weight.detach() * gradient).abs()
+    other_side = 1 if projection.axis == ROWS else 0
+    return products.sum(dim=other_side, dtype=torch.float64).cpu().numpy()
