@@ -199,6 +199,48 @@ def evaluate(
             sys.stdout.write(f"{name:44} {value:.6g}\n")
 
 
+@app.command()
+@_reports_errors
+def compare(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where results go; the same again: it goes on.")],
+    settings: Settings = [],  # noqa: B006 - typer copies it
+    methods: Annotated[str, typer.Option(help="Which methods, separated by commas.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds of the calibration draw, separated by commas.")] = "0,1,2",
+    compensation: Annotated[bool, typer.Option(help="Measure each subnetwork with least squares too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Hold the method against others on your model, data and levels.
+
+    Methods: gisp, one-shot, gate-fisher, gate-fisher-one-shot, wanda-sp, flap, magnitude, random; all by default.
+    """
+    parsed = Recipe.load(recipe, tuple(settings))
+    from gisp_tasks import comparison
+    from gisp_tasks.tasks.compare import METHODS
+    from gisp_tasks.tasks.compare import compare as run_comparison
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    chosen = [name.strip() for name in methods.split(",")] if methods else METHODS
+    result = run_comparison(parsed, methods=chosen, seeds=_whole_numbers(seeds), compensation=compensation, out=out)
+    for metric in comparison.metrics_of(result):
+        comparison.write_plot(result, metric, out / f"{metric}.svg")
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return
+    for metric in comparison.metrics_of(result):
+        Console().print(comparison.comparison_table(result, metric))
+    sys.stdout.write(f"{out / 'comparison.json'}\n")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--seeds {text}: no list of whole numbers was found; write them with commas between, e.g. 0,1,2"
+        ) from None
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

@@ -135,8 +135,21 @@ class PruningSection(_Section):
     protect: ProtectSection = ProtectSection()
     width_multiple: int = Field(default=32, ge=1, le=4096)
     """MLP widths are rounded up to a multiple of this (32: fast kernels; 256: llama.cpp K-quants)."""
-    compensation: Literal["none"] = "none"
-    """What is done to the kept weights after the cut: nothing."""
+    compensation: Literal["none", "least_squares"] = "none"
+    """What is done to the kept weights after the cut. `none`: nothing, levels share the base model's weights.
+    `least_squares`: the o and down projections of every layer are solved anew in closed form, so that the kept inputs
+    stand in for the removed ones; each level then has o and down matrices of its own."""
+    compensation_data: CalibrationSection | None = None
+    """Text for `least_squares`, more of it than scoring needs; null: the calibration sequences."""
+
+    @model_validator(mode="after")
+    def _data_has_a_use(self) -> Self:
+        if self.compensation_data is not None and self.compensation == "none":
+            raise ValueError(
+                "compensation_data was given, and compensation is none, which reads no data; set compensation: "
+                "least_squares, or remove compensation_data"
+            )
+        return self
 
     @field_validator("levels")
     @classmethod

@@ -1,6 +1,5 @@
 """One evaluation of one checkpoint, as it lies in the store: fetched, verified, loaded, measured."""
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -67,11 +66,16 @@ def measure(
     from gisp_tasks.export.reload import load_model, load_tokenizer
 
     model = load_model(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    context = int(json.loads((checkpoint / "config.json").read_text()).get("max_position_embeddings", 2048))
+    return measure_model(model, load_tokenizer(checkpoint, trust_remote_code=trust_remote_code), evaluation, section)
+
+
+def measure_model(model: Any, tokenizer: Any, evaluation: str, section: TextEvaluation | ProblemEvaluation) -> Json:
+    """Metrics and protocols of one evaluation of a model in memory."""
+    context = int(model.config.max_position_embeddings)
     dataset, split, examples = _DATASETS[evaluation]
     source = sources.find(dataset, split)
-    facts = {"source": source.describe(), "dtype": dtype, "device": str(next(model.parameters()).device)}
+    dtype = str(model.dtype).removeprefix("torch.")
+    facts = {"source": source.describe(), "dtype": dtype, "device": str(model.device)}
     if isinstance(section, TextEvaluation):
         return _perplexities(model, tokenizer, source, context, facts, evaluation, section)
     assert examples is not None

@@ -1,0 +1,317 @@
+"""The falsification test: methods against each other, on one model, its data, its levels and its evaluations.
+
+Every method removes the same share of parameters from the same layers, by the same global ranking; only the scores
+differ, or the number of steps. All are drawn and measured once a calibration seed.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gisp_tasks.comparison import agreement, summarise
+from gisp_tasks.data import calibration as calibration_data
+from gisp_tasks.errors import InputError
+from gisp_tasks.pruning.families import geometry_of
+from gisp_tasks.pruning.objectives import CalibrationSet
+from gisp_tasks.pruning.plan import make_plan
+from gisp_tasks.pruning.ranking import limits_of, next_removals
+from gisp_tasks.pruning.removal_order import RemovalOrder
+from gisp_tasks.pruning.schedule import step_targets
+from gisp_tasks.pruning.scores import StructureScores
+from gisp_tasks.pruning.structures import KeepSets
+from gisp_tasks.recipe import CalibrationSection, Recipe, level_name
+from gisp_tasks.refs import canonical_json, sha256_bytes
+from gisp_tasks.stores import model_source
+from gisp_tasks.tasks.evaluate import measure_model
+from gisp_tasks.tasks.runtime import Json, make_torch_deterministic, scratch
+
+logger = logging.getLogger(__name__)
+
+_GRADIENT_METHODS = {
+    "gisp": ("taylor", None),
+    "one-shot": ("taylor", 1),
+    "gate-fisher": ("gate_fisher", None),
+    "gate-fisher-one-shot": ("gate_fisher", 1),
+}
+"""Method -> score, and number of steps (None: the recipe's)."""
+_BATCH_TOKENS = 2048
+METHODS = (*_GRADIENT_METHODS, "wanda-sp", "flap", "magnitude", "random")
+
+
+def compare(recipe: Recipe, *, methods: Sequence[str], seeds: Sequence[int], compensation: bool, out: Path) -> Json:
+    """Compare methods; what was measured is kept below ``out``, so that an interrupted comparison goes on.
+
+    Args:
+        recipe: model, calibration, levels, steps, limits and evaluations; nothing is published.
+        methods: of `METHODS`.
+        seeds: of the calibration draw (and of `random`).
+        compensation: measure every subnetwork once more with least squares on ``pruning.compensation_data``.
+        out: directory for ``comparison.json`` and what leads to it.
+
+    Raises:
+        InputError: an unknown or repeated method or seed, no evaluation, or as in `resolve_model`.
+    """
+    _check(recipe, methods, seeds)
+    make_torch_deterministic()
+    bench = _Bench(recipe, out)
+    cells: list[Json] = [bench.dense()]
+    orders: dict[tuple[str, int], RemovalOrder] = {}
+    for seed in seeds:
+        runs = bench.seed(seed)
+        for method in methods:
+            orders[method, seed] = runs.order(method)
+            cells += [runs.cell(method, level) for level in recipe.pruning.levels]
+        if compensation:
+            cells += runs.compensated_cells(methods)
+    result = {
+        "recipe": recipe.identity(),
+        "model": {key: bench.model[key] for key in ("source", "revision")},
+        "methods": list(methods),
+        "seeds": list(seeds),
+        "calibration": [bench.described[seed] for seed in seeds],
+        "cells": cells,
+        "summary": summarise(cells),
+        "agreement": agreement(orders, bench.first_scores, bench.geometry, recipe.pruning),
+    }
+    (out / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _check(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods or len(set(methods)) < len(methods):
+        raise InputError(
+            f"--methods {','.join(methods)}: {f'unknown: {unknown[0]}' if unknown else 'none, or one twice'}. Allowed "
+            f"are {', '.join(METHODS)}, each once; correct the list"
+        )
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise InputError(
+            f"--seeds {','.join(map(str, seeds))}: none, one twice, or one below 0. Allowed are different "
+            f"whole numbers from 0; correct the list"
+        )
+    if not recipe.evaluation.tasks:
+        raise InputError("the recipe has no evaluation, so methods cannot be compared; add evaluation.wikitext2")
+
+
+class _Bench:
+    """The dense model, its data and the directory of results."""
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe = recipe
+        self.model = model_source.resolve(recipe.model)
+        self.geometry = geometry_of(self.model["config"])
+        self.plan = make_plan(recipe, self.geometry)
+        pruning = recipe.pruning
+        self.limits = limits_of(pruning.protect, pruning.width_multiple, self.geometry.num_layers)
+        self.described: dict[int, Json] = {}
+        self.first_scores: dict[tuple[str, int], StructureScores] = {}
+        identity = {"recipe": recipe.identity(), "model": self.model["files"]}
+        self._cells = out / f"cells-{sha256_bytes(canonical_json(identity))[:12]}"
+        self._cells.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def base(self) -> Any:
+        """The dense model on the device; never changed."""
+        from gisp_tasks.export.reload import load_model
+
+        section = self.recipe.model
+        directory = model_source.locate(self.model)
+        return load_model(directory, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from gisp_tasks.export.reload import load_tokenizer
+
+        return load_tokenizer(model_source.locate(self.model), trust_remote_code=self.recipe.model.trust_remote_code)
+
+    def draw(self, section: CalibrationSection, seed: int) -> calibration_data.Calibration:
+        """The sequences of a section, drawn by another seed."""
+        section = section.model_copy(update={"seed": seed})
+        return calibration_data.build(section, tokenizer=self.tokenizer, vocab_size=self.geometry.vocab_size)
+
+    def seed(self, seed: int) -> "_Seed":
+        calibration = self.draw(self.recipe.calibration, seed)
+        self.described[seed] = calibration.description
+        return _Seed(self, seed, calibration.set)
+
+    def dense(self) -> Json:
+        """What the dense model measures."""
+        cell = {"method": "dense", "seed": None, "level": None, "compensation": False, "param_sparsity": 0.0}
+        return self.kept("dense", lambda: {**cell, **self.measure(self.base)})
+
+    def kept(self, name: str, make: Callable[[], Json]) -> Json:
+        """A result from the directory, made and kept there when it is new."""
+        path = self._cells / f"{name}.json"
+        if not path.is_file():
+            value = make()
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(value, indent=1))
+            partial.replace(path)
+        found: Json = json.loads(path.read_text())
+        for metric, number in found["metrics"].items():
+            logger.info("%s %s: %.6g", name, metric, number)
+        return found
+
+    def path(self, name: str) -> Path:
+        return self._cells / name
+
+    def measure(self, model: Any) -> Json:
+        evaluation = self.recipe.evaluation
+        results = [measure_model(model, self.tokenizer, name, getattr(evaluation, name)) for name in evaluation.tasks]
+        return {part: {k: v for result in results for k, v in result[part].items()} for part in ("metrics", "protocol")}
+
+
+class _Seed:
+    """All methods on one draw of the calibration set."""
+
+    def __init__(self, bench: _Bench, seed: int, calibration: CalibrationSet) -> None:
+        self._bench, self._seed, self._calibration = bench, seed, calibration
+        self._orders: dict[str, RemovalOrder] = {}
+
+    def order(self, method: str) -> RemovalOrder:
+        """The removal order of a method up to the last level."""
+        bench, path = self._bench, self._bench.path(f"{method}-seed{self._seed}.safetensors")
+        scores_path = path.with_suffix(".scores.safetensors")
+        if not path.is_file():
+            logger.info("seed %d: %s", self._seed, method)
+            order, scores = self._iterate(method) if method in _GRADIENT_METHODS else self._baseline(method)
+            scores.save(scores_path, {"method": method})
+            order.save(path, bench.geometry, {"method": method, "seed": str(self._seed)})
+        bench.first_scores[method, self._seed] = StructureScores.load(scores_path)[0]
+        self._orders[method] = RemovalOrder.load(path)[0]
+        return self._orders[method]
+
+    def cell(self, method: str, level: float) -> Json:
+        """A level of a method, measured; FLAP's with its biases."""
+        keep = self._keep(method, level)
+
+        def make() -> Json:
+            from gisp_tasks.pruning.baselines import output_biases
+
+            bench = self._bench
+            biases = output_biases(bench.base, bench.geometry, keep, self._moments) if method == "flap" else {}
+            model = self._cut(keep, {})
+            for name, bias in biases.items():
+                _set_bias(model, name, bias)
+            return self._cell(method, level, keep, model, compensation=False)
+
+        return self._bench.kept(f"{method}-seed{self._seed}-{level_name(level)}", make)
+
+    def compensated_cells(self, methods: Sequence[str]) -> list[Json]:
+        """Every level of every method with least squares; the Gram matrices are gathered once for all."""
+        from safetensors.torch import load_file, save_file
+
+        from gisp_tasks.pruning.compensation import compensate
+
+        bench, recipe = self._bench, self._bench.recipe
+        wanted = [(method, level) for method in methods for level in recipe.pruning.levels]
+        names = [f"{method}-ls-seed{self._seed}-{level_name(level)}" for method, level in wanted]
+        missing = [i for i, name in enumerate(names) if not bench.path(f"{name}.json").is_file()]
+        with scratch() as directory:
+            if missing:
+                section = recipe.pruning.compensation_data or recipe.calibration
+                data = bench.draw(section, self._seed).set
+                keeps = [self._keep(*wanted[i]) for i in missing]
+                solved = compensate(bench.base, bench.geometry, keeps, data, batch_tokens=_BATCH_TOKENS)
+                for index, solution in solved:
+                    # On disk: the projections of many subnetworks together are larger than a model.
+                    save_file(
+                        {solution.name: solution.weight.contiguous()}, directory / f"{missing[index]}-{solution.name}"
+                    )
+
+            def make(i: int) -> Json:
+                method, level = wanted[i]
+                weights = {k: v for path in directory.glob(f"{i}-*") for k, v in load_file(path).items()}
+                keep = self._keep(method, level)
+                return self._cell(method, level, keep, self._cut(keep, weights), compensation=True)
+
+            return [bench.kept(name, lambda i=i: make(i)) for i, name in enumerate(names)]  # type: ignore[misc]
+
+    def _iterate(self, method: str) -> tuple[RemovalOrder, StructureScores]:
+        from gisp_tasks.pruning import importance
+        from gisp_tasks.pruning.surgery import slice_model
+
+        bench, recipe = self._bench, self._bench.recipe
+        score, steps = _GRADIENT_METHODS[method]
+        model, held = copy.deepcopy(bench.base), KeepSets.everything(bench.geometry)
+        settings = importance.ScoringSettings(
+            bench.limits.protected, recipe.importance.normaliser, bench.plan.micro_batch, score=score
+        )
+        order, first = RemovalOrder.empty(), None
+        for step, target in enumerate(step_targets(steps or recipe.pruning.steps, recipe.pruning.levels[-1]), 1):
+            keep = order.keep_sets(bench.geometry)
+            slice_model(model, bench.geometry, now=held, wanted=keep)
+            held = keep
+            scores = importance.score(model, keep, bench.geometry, self._calibration, settings).scores
+            first = first or scores
+            order = order.extend(next_removals(scores, order.removals, bench.geometry, bench.limits, target), step)
+        assert first is not None, "a schedule has at least one step"
+        return order, first
+
+    def _baseline(self, method: str) -> tuple[RemovalOrder, StructureScores]:
+        from gisp_tasks.pruning import baselines
+
+        bench = self._bench
+        geometry, protected = bench.geometry, bench.limits.protected
+        if method == "random":
+            scores = baselines.random(geometry, protected, seed=self._seed)
+        elif method == "magnitude":
+            scores = baselines.magnitude(bench.base, geometry, protected)
+        else:
+            of_inputs = baselines.wanda_sp if method == "wanda-sp" else baselines.flap
+            scores = of_inputs(bench.base, geometry, protected, self._moments)
+        order = RemovalOrder.empty()
+        last = bench.recipe.pruning.levels[-1]
+        return order.extend(next_removals(scores, order.removals, geometry, bench.limits, last), 1), scores
+
+    @cached_property
+    def _moments(self) -> Any:
+        from gisp_tasks.pruning.baselines import input_moments
+
+        bench = self._bench
+        return input_moments(bench.base, bench.geometry, self._calibration, batch_tokens=_BATCH_TOKENS)
+
+    def _keep(self, method: str, level: float) -> KeepSets:
+        bench = self._bench
+        return self._orders[method].level(level, geometry=bench.geometry, width_multiple=bench.limits.width_multiple)
+
+    def _cut(self, keep: KeepSets, weights: dict[str, Any]) -> Any:
+        """A subnetwork in memory, after some weights were replaced."""
+        from gisp_tasks.pruning.surgery import slice_model
+
+        bench = self._bench
+        model = copy.deepcopy(bench.base)
+        for name, weight in weights.items():
+            model.get_parameter(name).data.copy_(weight)
+        slice_model(model, bench.geometry, now=KeepSets.everything(bench.geometry), wanted=keep)
+        return model
+
+    def _cell(self, method: str, level: float, keep: KeepSets, model: Any, *, compensation: bool) -> Json:
+        measured = self._bench.measure(model)
+        return {
+            "method": method,
+            "seed": self._seed,
+            "level": level,
+            "compensation": compensation,
+            "param_sparsity": self._bench.geometry.sparsity_of(keep),
+            "kv_groups": int(np.count_nonzero(keep.attention)),
+            "channels": int(np.count_nonzero(keep.mlp)),
+            **measured,
+        }
+
+
+def _set_bias(model: Any, name: str, bias: Any) -> None:
+    """Add to a projection's bias, or give it one."""
+    import torch
+
+    path, _, leaf = name.rpartition(".")
+    linear = model.get_submodule(path)
+    present = getattr(linear, leaf)
+    value = bias.to(linear.weight.dtype).to(linear.weight.device)
+    linear.bias = torch.nn.Parameter(value if present is None else present.detach() + value, requires_grad=False)
