@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gisp_tasks.errors import GispError, InputError
-from gisp_tasks.recipe import EvaluationSection, Recipe, level_name
+from gisp_tasks.recipe import ITEM_DATASETS, CalibrationSection, EvaluationSection, Recipe, level_name
 
 app = typer.Typer(
     name="gisp",
@@ -123,12 +123,18 @@ def plan(
         )
     console.print(table)
     console.print(
-        f"scoring: {parsed.calibration.sequences} sequences of {parsed.calibration.sequence_length} tokens, "
-        f"{made.micro_batch} at once, about {made.scoring_bytes / 2**30:.1f} GiB\n"
+        f"scoring: {_calibration_size(parsed.calibration)}, {made.micro_batch_tokens:,} tokens at once, about "
+        f"{made.scoring_bytes / 2**30:.1f} GiB\n"
         f"time of all steps: about {made.scoring_flops / rate / 60:.1f} min at the {rate / 1e9:,.0f} GFLOP/s that a "
         f"matrix product reaches here",
         highlight=False,
     )
+
+
+def _calibration_size(asked: CalibrationSection) -> str:
+    if asked.dataset in ITEM_DATASETS:
+        return f"items within a budget of {asked.sequences * asked.sequence_length:,} tokens"
+    return f"{asked.sequences} sequences of {asked.sequence_length} tokens"
 
 
 @app.command()

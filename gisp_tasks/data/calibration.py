@@ -22,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 Sequences = Sequence[NDArray[np.integer[Any]]]
 _MAX_SHORT_DRAWS = 10_000
-_DTYPES = {"tokens": np.dtype(np.int32), "spans": np.dtype(np.int64), "weights": np.dtype(np.float64)}
+_DTYPES = {
+    "tokens": np.dtype(np.int32),
+    "spans": np.dtype(np.int64),
+    "weights": np.dtype(np.float64),
+    "groups": np.dtype(np.int64),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Calibration:
     """A calibration set and where it came from.
 
     Args:
-        set: tokens, spans and weights.
+        set: tokens, spans, weights and groups.
         description: JSON-ready record: source, draw, tokenizer, counts.
     """
 
@@ -115,7 +120,8 @@ def load(path: Path) -> Calibration:
     found = {name: array.dtype for name, array in arrays.items()}
     if found != _DTYPES:
         raise IntegrityError(f"calibration {path.name}: holds {found}, expected {_DTYPES}")
-    if arrays["weights"].shape != arrays["tokens"].shape or arrays["spans"].shape[1:] != (2,):
+    of_tokens, of_sequences = arrays["tokens"].shape, arrays["groups"].shape
+    if arrays["weights"].shape != of_tokens or arrays["spans"].shape != (*of_sequences, 2):
         shapes = {name: list(array.shape) for name, array in arrays.items()}
         raise IntegrityError(f"calibration {path.name}: the shapes {shapes} do not belong together")
     return Calibration(CalibrationSet(**arrays), description)

@@ -1,17 +1,17 @@
-"""Gate-Fisher importance: how strongly each sequence's loss answers to a gate on the structure's output.
+"""Gate-Fisher importance: how strongly the loss of each sequence, or item, answers to a gate on a structure's output.
 
-    importance(s) = mean over sequences i of (sum over tokens t of a_st * dL_i/da_st)^2
+    importance(s) = mean over groups i of (sum over tokens t of a_st * dL_i/da_st)^2
 
-with a_s what structure s hands to the o or down projection, and L_i the sequence's own loss: the square of the
-derivative of L_i by a gate that multiplies a_s, the empirical Fisher information of that gate (METHOD B5). A kv group
-sums over its query heads and their dimensions. Weights need no gradients, so a pass takes about 4 instead of 6
-operations a parameter and token, and no memory for gradients.
+with a_s what structure s hands to the o or down projection, and L_i the loss of calibration group i, so weighted that
+the objective is the mean of the L_i: the square of the derivative of L_i by a gate that multiplies a_s, the empirical
+Fisher information of that gate (METHOD B5). Under the perplexity objective a group is a sequence and L_i its mean
+token cross-entropy; under the margin objective it is an item, L_i its own part of the margin, and the gate acts on all
+its candidates. A kv group sums over its query heads and their dimensions. Weights need no gradients, so a pass takes
+about 4 instead of 6 operations a parameter and token, and no memory for gradients.
 
-Deviation from the paper: the score itself; the paper's is `taylor`. With the margin objective a "sequence" is one
-row of the micro-batch.
+Deviation from the paper: the score itself; the paper's is `taylor`.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,18 +21,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gisp_tasks.pruning.families import FAMILIES
-from gisp_tasks.pruning.forward import batch_loss, batches, device_of, loss_scale, num_batches
+from gisp_tasks.pruning.forward import backward_pass, device_of
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.structures import Geometry, KeepSets, LayerImportance
-
-logger = logging.getLogger(__name__)
 
 # The projections whose inputs are the structures' outputs.
 _GATES = ("o", "down")
 
 
 def gate_fisher(
-    model: nn.Module, keep: KeepSets, geometry: Geometry, calibration: CalibrationSet, micro_batch: int, *,
+    model: nn.Module, keep: KeepSets, geometry: Geometry, calibration: CalibrationSet, max_tokens: int, *,
     protected: NDArray[np.bool_],
 ) -> tuple[float, dict[int, LayerImportance]]:  # fmt: skip
     """The objective's value, and the importance of every structure by layer, protected layers left out."""
@@ -41,18 +39,11 @@ def gate_fisher(
     device = device_of(model)
     sizes = {(layer, role): int(mask[layer].sum()) for layer in layers for role, mask in _masks(keep)}
     sums = {key: torch.zeros(size, dtype=torch.float64, device=device) for key, size in sizes.items()}
-    scale, number_of_batches = loss_scale(calibration), num_batches(calibration, micro_batch)
-    total = torch.zeros((), dtype=torch.float64, device=device)
     with _gates(model, geometry, sums, first_layer=layers[0]):
-        for number, batch in enumerate(batches(calibration, micro_batch, device), 1):
-            loss = batch_loss(model, batch)
-            (loss * scale).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach().double()
-            if number % max(1, number_of_batches // 5) == 0:
-                logger.info("scored %d of %d micro-batches", number, number_of_batches)
-    # Each row's loss is its share of a mean over S rows: (S x share)^2, averaged over S rows, leaves one factor S.
-    factor = calibration.num_sequences / scale**2
-    return float(total), {
+        objective, scale = backward_pass(model, calibration, max_tokens)
+    # A row's loss is its share of a mean over G rows: (G x share)^2, averaged over G rows, leaves one factor G.
+    factor = calibration.num_groups / scale**2
+    return objective, {
         layer: LayerImportance(*(sums[layer, role].cpu().numpy() * factor for role in _GATES)) for layer in layers
     }
 

@@ -12,6 +12,7 @@ from gisp_tasks.errors import NumericsError, PermanentError
 from gisp_tasks.pruning.forward import batch_loss, batches, device_of
 from gisp_tasks.pruning.gate_fisher import gate_fisher
 from gisp_tasks.pruning.objectives import CalibrationSet
+from gisp_tasks.pruning.rows import micro_batches, rows_of
 from gisp_tasks.pruning.scores import StructureScores
 from gisp_tasks.pruning.structures import Geometry, KeepSets, LayerImportance
 from gisp_tasks.pruning.taylor import taylor
@@ -28,23 +29,24 @@ class ScoringSettings:
     Args:
         protected: bool [L], layers that are not scored.
         normaliser: as in the recipe.
-        micro_batch: sequences a forward pass; halved when the accelerator runs out of memory.
+        micro_batch_tokens: tokens a forward pass, padding counted (at least one row); halved when the accelerator
+            runs out of memory.
         score: as in the recipe.
     """
 
     protected: NDArray[np.bool_]
     normaliser: str
-    micro_batch: int
+    micro_batch_tokens: int
     score: str = "taylor"
 
 
 @dataclass(frozen=True)
 class ScoringResult:
-    """Scores, the objective's value, and the micro-batch that fitted."""
+    """Scores, the objective's value, and the micro-batch that fitted, in tokens."""
 
     scores: StructureScores
     objective: float
-    micro_batch: int
+    micro_batch_tokens: int
 
 
 def score(
@@ -64,41 +66,41 @@ def score(
 
     Raises:
         NumericsError: the objective is not finite.
-        PermanentError: one sequence alone does not fit into the accelerator's memory.
+        PermanentError: one sequence, or item, alone does not fit into the accelerator's memory.
     """
-    importance_of, micro_batch = _SCORES[settings.score], settings.micro_batch
+    importance_of, max_tokens = _SCORES[settings.score], settings.micro_batch_tokens
     while True:
         try:
             objective, found = importance_of(
-                model, keep, geometry, calibration, micro_batch, protected=settings.protected
+                model, keep, geometry, calibration, max_tokens, protected=settings.protected
             )
             break
         except torch.cuda.OutOfMemoryError:
-            if micro_batch == 1:
+            if all(len(rows) == 1 for rows in micro_batches(rows_of(calibration), max_tokens)):
                 raise PermanentError(
-                    "one calibration sequence does not fit into the accelerator's memory; lower "
-                    "calibration.sequence_length or use a larger device"
+                    "one calibration sequence (or item with its answers) does not fit into the accelerator's memory; "
+                    "lower calibration.sequence_length or use a larger device"
                 ) from None
         # Outside the handler: inside it the exception still holds the tensors of the failed pass.
-        micro_batch //= 2
+        max_tokens //= 2
         torch.cuda.empty_cache()
-        logger.warning("Out of memory: the micro-batch is halved to %d sequences", micro_batch)
+        logger.warning("Out of memory: the micro-batch is halved to %d tokens", max_tokens)
     _finite(objective)
     scores = normalised(found, keep, geometry, settings.normaliser)
     live = ~settings.protected[:, None]
     if not all(np.isfinite(s[live & k]).all() for s, k in ((scores.attention, keep.attention), (scores.mlp, keep.mlp))):
         raise NumericsError("a score is not finite although the objective is; check the weights and the dtype")
-    return ScoringResult(scores, objective, micro_batch)
+    return ScoringResult(scores, objective, max_tokens)
 
 
-def objective_value(model: nn.Module, calibration: CalibrationSet, micro_batch: int = 1) -> float:
+def objective_value(model: nn.Module, calibration: CalibrationSet, max_tokens: int = 1) -> float:
     """The objective alone, without gradients (float64 sum over micro-batches).
 
     Raises:
         NumericsError: it is not finite.
     """
     with torch.inference_mode():
-        losses = [batch_loss(model, batch).double() for batch in batches(calibration, micro_batch, device_of(model))]
+        losses = [batch_loss(model, batch).double() for batch in batches(calibration, max_tokens, device_of(model))]
     return _finite(float(sum(losses)))
 
 

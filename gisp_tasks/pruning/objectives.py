@@ -26,11 +26,14 @@ class CalibrationSet:
         spans: int64 [S, 2], first and past-the-last position of each sequence in ``tokens``.
         weights: float64 [N], weight of the loss of predicting this token; 0 where it is no target (always at
             the first token of a sequence).
+        groups: int64 [S], number of the group that each sequence belongs to, from 0, rising by 0 or 1: the
+            candidates of an item are one group, a sequence that stands for itself is one of its own.
     """
 
     tokens: NDArray[np.int32]
     spans: NDArray[np.int64]
     weights: NDArray[np.float64]
+    groups: NDArray[np.int64]
 
     @property
     def num_sequences(self) -> int:
@@ -38,9 +41,27 @@ class CalibrationSet:
         return len(self.spans)
 
     @property
+    def num_groups(self) -> int:
+        """G: items, or sequences that stand for themselves."""
+        return int(self.groups[-1]) + 1 if len(self.groups) else 0
+
+    @property
     def num_targets(self) -> int:
         """Tokens whose loss counts."""
         return int(np.count_nonzero(self.weights))
+
+    def leading(self, max_tokens: int) -> "CalibrationSet":
+        """The first groups, as many as ``max_tokens`` tokens hold and at least one, weighted as if they were all."""
+        last_of_group = np.flatnonzero(np.diff(self.groups, append=self.num_groups))
+        num_groups = max(1, int((self.spans[last_of_group, 1] <= max_tokens).sum()))
+        num_sequences = int(last_of_group[num_groups - 1]) + 1
+        num_tokens = int(self.spans[num_sequences - 1, 1])
+        return CalibrationSet(
+            self.tokens[:num_tokens],
+            self.spans[:num_sequences],
+            self.weights[:num_tokens] * (self.num_groups / num_groups),
+            self.groups[:num_sequences],
+        )
 
 
 @dataclass(frozen=True)
@@ -82,14 +103,16 @@ def margin(items: Sequence[Item]) -> CalibrationSet:
     num_wrong = sum(len(item.wrong) for item in items)
     candidates: list[Candidate] = []
     sharers: list[int] = []
+    groups: list[int] = []
     for i, item in enumerate(items):
         if not item.wrong:
             raise InputError(f"calibration item {i} has no wrong answer; every item needs at least one")
         candidates += item.candidates
         sharers += [len(items)] + [-num_wrong] * len(item.wrong)
+        groups += [i] * len(item.candidates)
     if any(candidate.prompt_length < 1 for candidate in candidates):
         raise InputError("a calibration candidate has no prompt; every prompt needs at least one token")
-    return _weighted([c.tokens for c in candidates], [c.prompt_length for c in candidates], sharers)
+    return _weighted([c.tokens for c in candidates], [c.prompt_length for c in candidates], sharers, groups)
 
 
 def perplexity(
@@ -108,11 +131,11 @@ def perplexity(
         InputError: a sequence has no target token.
     """
     prompts = [1] * len(sequences) if prompt_lengths is None else [max(1, length) for length in prompt_lengths]
-    return _weighted(sequences, prompts, [len(sequences)] * len(sequences))
+    return _weighted(sequences, prompts, [len(sequences)] * len(sequences), range(len(sequences)))
 
 
 def _weighted(
-    sequences: Sequence[NDArray[np.integer[Any]]], prompts: Sequence[int], sharers: Sequence[int]
+    sequences: Sequence[NDArray[np.integer[Any]]], prompts: Sequence[int], sharers: Sequence[int], groups: Sequence[int]
 ) -> CalibrationSet:
     """Lay sequences end to end; sequence i has weight 1 / sharers[i], which its targets share evenly."""
     ends = np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64)
@@ -127,4 +150,4 @@ def _weighted(
             )
         weights[start + prompt : end] = 1.0 / (num_targets * number)
     tokens = np.concatenate(sequences).astype(np.int32) if len(sequences) else np.zeros(0, np.int32)
-    return CalibrationSet(tokens, np.stack([starts, ends], axis=1), weights)
+    return CalibrationSet(tokens, np.stack([starts, ends], axis=1), weights, np.array(groups, dtype=np.int64))

@@ -12,7 +12,7 @@ from gisp_tasks.pruning.structures import Geometry
 from gisp_tasks.recipe import Recipe, level_name
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_TOKENS_A_MICRO_BATCH = 2048
+_MICRO_BATCH_TOKENS = 2048
 DENSE = "dense"
 
 
@@ -48,9 +48,10 @@ class Plan:
     """A pure function of a recipe and a geometry.
 
     Args:
-        micro_batch: sequences a forward pass while scoring.
+        micro_batch_tokens: tokens a forward pass while scoring, padding counted; a longer sequence goes alone.
         scoring_bytes: estimate of the memory that one scoring pass takes: weights, float32 gradients, logits.
-        scoring_flops: estimate of the operations of all scoring passes together.
+        scoring_flops: estimate of the operations of all scoring passes together; for items an upper bound, since
+            the prompt that candidates share is computed once.
     """
 
     geometry: Geometry
@@ -58,7 +59,7 @@ class Plan:
     dense_bytes: int
     steps: tuple[StepPlan, ...]
     levels: tuple[LevelPlan, ...]
-    micro_batch: int
+    micro_batch_tokens: int
     scoring_bytes: int
     scoring_flops: float
 
@@ -97,7 +98,6 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
         StepPlan(number, target, tuple(level.name for level in level_plans if level.after_step == number))
         for number, target in enumerate(targets, 1)
     )
-    micro_batch = max(1, _TOKENS_A_MICRO_BATCH // recipe.calibration.sequence_length)
     tokens = recipe.calibration.sequences * recipe.calibration.sequence_length
     return Plan(
         geometry=geometry,
@@ -105,8 +105,8 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
         dense_bytes=dense * size,
         steps=steps,
         levels=tuple(level_plans),
-        micro_batch=micro_batch,
-        scoring_bytes=_scoring_bytes(recipe, geometry, micro_batch, size),
+        micro_batch_tokens=_MICRO_BATCH_TOKENS,
+        scoring_bytes=_scoring_bytes(recipe, geometry, size),
         scoring_flops=6.0 * tokens * (dense * len(targets) - geometry.decoder_parameters * sum([0.0, *targets[:-1]])),
     )
 
@@ -123,8 +123,8 @@ def _check_reach(recipe: Recipe, geometry: Geometry, limits: Limits) -> None:
         )
 
 
-def _scoring_bytes(recipe: Recipe, geometry: Geometry, micro_batch: int, size: int) -> int:
-    tokens = micro_batch * recipe.calibration.sequence_length
+def _scoring_bytes(recipe: Recipe, geometry: Geometry, size: int) -> int:
+    tokens = max(_MICRO_BATCH_TOKENS, recipe.calibration.sequence_length)
     weights = (geometry.decoder_parameters + geometry.other_parameters) * size
     gradients = geometry.decoder_parameters * 4
     logits = 3 * 4 * tokens * geometry.vocab_size

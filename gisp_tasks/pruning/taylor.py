@@ -10,7 +10,6 @@ k and v rows.
 Shape legend: K' kv groups and F' channels that a layer still has.
 """
 
-import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -19,22 +18,20 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gisp_tasks.pruning.families import FAMILIES, ROWS, Projection
-from gisp_tasks.pruning.forward import batch_loss, batches, device_of, loss_scale, num_batches
+from gisp_tasks.pruning.forward import backward_pass
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.structures import Geometry, KeepSets, LayerImportance
-
-logger = logging.getLogger(__name__)
 
 ScoredWeights = dict[tuple[int, str], nn.Parameter]
 
 
 def taylor(
-    model: nn.Module, keep: KeepSets, geometry: Geometry, calibration: CalibrationSet, micro_batch: int, *,
+    model: nn.Module, keep: KeepSets, geometry: Geometry, calibration: CalibrationSet, max_tokens: int, *,
     protected: NDArray[np.bool_],
 ) -> tuple[float, dict[int, LayerImportance]]:  # fmt: skip
     """The objective's value, and the importance of every structure by layer, protected layers left out."""
     weights = scored_weights(model, geometry, protected)
-    objective, gradients = accumulate(model, weights, calibration, micro_batch)
+    objective, gradients = accumulate(model, weights, calibration, max_tokens)
     found = {}
     for layer in np.flatnonzero(~protected):
         groups, channels = int(keep.attention[layer].sum()), int(keep.mlp[layer].sum())
@@ -63,7 +60,7 @@ def scored_weights(model: nn.Module, geometry: Geometry, protected: NDArray[np.b
 
 
 def accumulate(
-    model: nn.Module, weights: ScoredWeights, calibration: CalibrationSet, micro_batch: int
+    model: nn.Module, weights: ScoredWeights, calibration: CalibrationSet, max_tokens: int
 ) -> tuple[float, dict[tuple[int, str], torch.Tensor]]:
     """The objective and its gradient by scored weight, in float32 (float64 for a float64 model)."""
     accumulators = {
@@ -71,15 +68,8 @@ def accumulate(
         for key, weight in weights.items()
     }
     hooks = [weight.register_post_accumulate_grad_hook(_adder(accumulators[key])) for key, weight in weights.items()]  # type: ignore[no-untyped-call]
-    scale, number_of_batches = loss_scale(calibration), num_batches(calibration, micro_batch)
     try:
-        total = torch.zeros((), dtype=torch.float64, device=device_of(model))
-        for number, batch in enumerate(batches(calibration, micro_batch, device_of(model)), 1):
-            loss = batch_loss(model, batch)
-            (loss * scale).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach().double()
-            if number % max(1, number_of_batches // 5) == 0:
-                logger.info("scored %d of %d micro-batches", number, number_of_batches)
+        objective, scale = backward_pass(model, calibration, max_tokens)
     finally:
         for hook in hooks:
             hook.remove()
@@ -87,7 +77,7 @@ def accumulate(
             weight.grad = None
     for accumulator in accumulators.values():
         accumulator.div_(scale)
-    return float(total), accumulators
+    return objective, accumulators
 
 
 def _adder(accumulator: torch.Tensor) -> Callable[[torch.Tensor], None]:

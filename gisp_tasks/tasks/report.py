@@ -104,7 +104,7 @@ def _step_record(run: Run, number: int) -> Json:
         "target_sparsity": plan.target_sparsity,
         "completes": list(plan.completes),
         "objective": facts["objective"],
-        "micro_batch": facts["micro_batch"],
+        "micro_batch_tokens": facts["micro_batch_tokens"],
         "removed": int((order.steps == number).sum()),
         "scores_sha256": ref.sha256,
         "removal_order_sha256": order_ref.sha256,

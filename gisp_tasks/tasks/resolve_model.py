@@ -113,15 +113,12 @@ def _check_loss(recipe: Recipe, plan: Plan, directory: Path, calibration: Calibr
     from gisp_tasks.pruning.importance import ScoringSettings, score
 
     model = load_model(directory, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
-    spans = calibration.spans[: plan.micro_batch]
-    tokens = slice(spans[0, 0], spans[-1, 1])
-    # As if they were the whole set, so that what overflows there overflows here.
-    weights = calibration.weights[tokens] * (calibration.num_sequences / len(spans))
-    first = CalibrationSet(calibration.tokens[tokens], spans - spans[0, 0], weights)
+    # Weighted as if they were the whole set, so that what overflows there overflows here.
+    first = calibration.leading(plan.micro_batch_tokens)
     geometry = plan.geometry
     protected = limits_of(recipe.pruning.protect, recipe.pruning.width_multiple, geometry.num_layers).protected
     asked = recipe.importance
-    settings = ScoringSettings(protected, asked.normaliser, plan.micro_batch, score=asked.score)
+    settings = ScoringSettings(protected, asked.normaliser, plan.micro_batch_tokens, score=asked.score)
     try:
         score(model, KeepSets.everything(geometry), geometry, first, settings)
     except NumericsError as error:

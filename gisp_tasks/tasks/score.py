@@ -65,7 +65,7 @@ class Scorer:
         self._held = keep
         asked = run.recipe.importance
         settings = importance.ScoringSettings(
-            run.limits.protected, asked.normaliser, run.plan.micro_batch, score=asked.score
+            run.limits.protected, asked.normaliser, run.plan.micro_batch_tokens, score=asked.score
         )
         result = importance.score(self._model, keep, run.geometry, self._calibration, settings)
         took = time.monotonic() - began
@@ -73,7 +73,7 @@ class Scorer:
         metadata = {
             "step": step,
             "objective": result.objective,
-            "micro_batch": result.micro_batch,
+            "micro_batch_tokens": result.micro_batch_tokens,
             "score": run.recipe.importance.score,
             "normaliser": run.recipe.importance.normaliser,
             "run_id": run.run_id,

@@ -92,7 +92,7 @@ def order(base: Path) -> RemovalOrder:
         keep = order.keep_sets(geometry)
         slice_model(model, geometry, now=held, wanted=keep)
         held = keep
-        result = importance.score(model, keep, geometry, calibration, ScoringSettings(LIMITS.protected, "elements", 4))
+        result = importance.score(model, keep, geometry, calibration, ScoringSettings(LIMITS.protected, "elements", 80))
         order = order.extend(next_removals(result.scores, order.removals, geometry, LIMITS, target), step)
     return order
 

@@ -119,7 +119,7 @@ def test_plan(finished: Finished) -> None:
     ]
     assert [step["target_sparsity"] for step in plan["steps"]] == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert [step["completes"] for step in plan["steps"]] == [[], ["sp20"], [], ["sp40"]]
-    assert plan["micro_batch"] == 2048 // 64
+    assert plan["micro_batch_tokens"] == 2048
     # Six operations a weight and token, of the model as each step finds it.
     assert plan["scoring_flops"] == pytest.approx(6 * 16 * 64 * (4 * DENSE - DECODER * (0.1 + 0.2 + 0.3)))
     logits, activations = 3 * 4 * 2048 * 512, 4 * 2048 * 5 * (6 * 64 + 4 * 172)

@@ -41,8 +41,8 @@ def mean_gradients(model: nn.Module, candidates: list[Candidate]) -> tuple[float
     return total / len(candidates), named
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 16])
-def test_margin_scores_are_of_the_difference_of_two_gradients(tiny, micro_batch, float64_norms):
+@pytest.mark.parametrize("max_tokens", [1, 45, 400])
+def test_margin_scores_are_of_the_difference_of_two_gradients(tiny, max_tokens, float64_norms):
     items = random_items(tiny.config["vocab_size"])
     reference = tiny.load(torch.float64)
     loss_pos, pos = mean_gradients(reference, [item.correct for item in items])
@@ -57,7 +57,7 @@ def test_margin_scores_are_of_the_difference_of_two_gradients(tiny, micro_batch,
         KeepSets.everything(geometry),
         geometry,
         objectives.margin(items),
-        ScoringSettings(np.zeros(geometry.num_layers, dtype=np.bool_), "elements", micro_batch),
+        ScoringSettings(np.zeros(geometry.num_layers, dtype=np.bool_), "elements", max_tokens),
     )
     assert found.objective == pytest.approx(loss_pos - loss_neg, rel=1e-12)
     hidden, groups, head_dim = (tiny.config[k] for k in ("hidden_size", "num_key_value_heads", "head_dim"))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gisp_tasks.errors import NumericsError, PermanentError
-from gisp_tasks.pruning import importance, objectives, taylor
+from gisp_tasks.pruning import forward, importance, objectives, taylor
 from gisp_tasks.pruning.families import geometry_of
 from gisp_tasks.pruning.importance import ScoringSettings
 from gisp_tasks.pruning.ranking import Limits, next_removals
@@ -80,8 +80,8 @@ def keep_sets_of(config: dict, kept: list[tuple[list[int], list[int]]]) -> KeepS
     return KeepSets(attention, mlp)
 
 
-def settings_for(config: dict, normaliser: str = "elements", micro_batch: int = 3) -> ScoringSettings:
-    return ScoringSettings(np.zeros(config["num_hidden_layers"], dtype=np.bool_), normaliser, micro_batch)
+def settings_for(config: dict, normaliser: str = "elements", tokens: int = 51) -> ScoringSettings:
+    return ScoringSettings(np.zeros(config["num_hidden_layers"], dtype=np.bool_), normaliser, tokens)
 
 
 # ---- dense, sliced and masked ----
@@ -157,7 +157,7 @@ def test_protected_layers_are_infinite_and_change_no_other_score(tiny, random_se
     free = importance.score(tiny.load(torch.float64), everything, geometry, calibration, settings).scores
     protected = np.array([True, False, True])
     found = importance.score(
-        tiny.load(torch.float64), everything, geometry, calibration, ScoringSettings(protected, "elements", 3)
+        tiny.load(torch.float64), everything, geometry, calibration, ScoringSettings(protected, "elements", 51)
     ).scores
     assert np.isposinf(found.attention[protected]).all()
     assert np.isposinf(found.mlp[protected]).all()
@@ -250,25 +250,25 @@ def test_a_channel_with_one_weight_scores_that_weight_alone(tiny_models, random_
 # ---- how the set is cut into micro-batches must not matter ----
 
 
-def _gradients(model: nn.Module, config: dict, sequences: list[np.ndarray], micro_batch: int) -> dict:
+def _gradients(model: nn.Module, config: dict, sequences: list[np.ndarray], tokens: int) -> dict:
     geometry = geometry_of(config)
     weights = taylor.scored_weights(model, geometry, np.zeros(geometry.num_layers, dtype=np.bool_))
     calibration = objectives.perplexity(sequences)
-    objective, gradients = taylor.accumulate(model, weights, calibration, micro_batch)
+    objective, gradients = taylor.accumulate(model, weights, calibration, tokens)
     return {"objective": torch.tensor(objective, dtype=torch.float64), **gradients}
 
 
 def test_gradients_do_not_depend_on_micro_batch_order_or_padding(tiny, random_sequences, float64_norms):
     sequences = random_sequences(tiny.config["vocab_size"], LENGTHS)
     model = tiny.load(torch.float64)
-    alone = _gradients(model, tiny.config, sequences, micro_batch=1)
-    for others, micro_batch in (
-        (sequences, 2),
-        (sequences, 6),
-        (sequences[::-1], 4),
-        (sequences[3:] + sequences[:3], 6),
+    alone = _gradients(model, tiny.config, sequences, tokens=1)
+    for others, tokens in (
+        (sequences, 34),
+        (sequences, 102),
+        (sequences[::-1], 68),
+        (sequences[3:] + sequences[:3], 102),
     ):
-        together = _gradients(model, tiny.config, others, micro_batch)
+        together = _gradients(model, tiny.config, others, tokens)
         for key, value in alone.items():
             assert together[key].dtype == torch.float64
             scale = float(value.abs().max())
@@ -282,13 +282,13 @@ def test_removal_order_in_float32_does_not_depend_on_the_micro_batch(stories, te
     geometry = geometry_of(stories.config)
     limits = Limits(np.array([False] * 4 + [True]), 1, 32, 4)
     orders = []
-    for others, micro_batch in ((text, 1), (text, 5), (text[::-1], 12)):
+    for others, tokens in ((text, 1), (text, 400), (text[::-1], 1200)):
         found = importance.score(
             stories.load(),
             KeepSets.everything(geometry),
             geometry,
             objectives.perplexity(others),
-            ScoringSettings(limits.protected, "elements", micro_batch),
+            ScoringSettings(limits.protected, "elements", tokens),
         )
         removals = next_removals(found.scores, RemovalOrder.empty().removals, geometry, limits, 0.4)
         orders.append(np.stack([removals.kinds, removals.layers, removals.indices], axis=1))
@@ -339,35 +339,35 @@ def test_the_objective_without_gradients_is_the_same_number(tiny, random_sequenc
     model = tiny.load(torch.float64)
     expected = reference_loss(model, sequences).item()
     calibration = objectives.perplexity(sequences)
-    assert importance.objective_value(model, calibration, micro_batch=4) == pytest.approx(expected, rel=1e-12)
+    assert importance.objective_value(model, calibration, max_tokens=68) == pytest.approx(expected, rel=1e-12)
 
 
 # ---- trouble ----
 
 
-@pytest.mark.parametrize("fits", [1, 2, 5])
+@pytest.mark.parametrize(("fits", "expected_tokens"), [(20, 21), (36, 42), (85, 85)])
 def test_out_of_memory_halves_the_micro_batch_and_changes_no_score(
-    tiny_models, random_sequences, monkeypatch, float64_norms, fits
+    tiny_models, random_sequences, monkeypatch, float64_norms, fits, expected_tokens
 ):
     model = tiny_models["gqa-untied-biases"]
     calibration = objectives.perplexity(random_sequences(model.config["vocab_size"], 2 * LENGTHS))
     geometry = geometry_of(model.config)
     everything, loaded = KeepSets.everything(geometry), model.load(torch.float64)
-    expected = importance.score(loaded, everything, geometry, calibration, settings_for(model.config, micro_batch=1))
+    expected = importance.score(loaded, everything, geometry, calibration, settings_for(model.config, tokens=1))
     tried = []
-    batch_loss = taylor.batch_loss
+    batch_loss = forward.batch_loss
 
     def limited(network: nn.Module, batch) -> torch.Tensor:
-        tried.append(len(batch.tokens))
+        tried.append(batch.tokens.numel())
         # A pass that has begun well can fail too: what it has added up must not stay.
-        if len(batch.tokens) > fits and len(tried) > 1:
+        if tried[-1] > fits and len(tried) > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return batch_loss(network, batch)
 
-    monkeypatch.setattr(taylor, "batch_loss", limited)
+    monkeypatch.setattr(forward, "batch_loss", limited)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    found = importance.score(loaded, everything, geometry, calibration, settings_for(model.config, micro_batch=5))
-    assert found.micro_batch == {1: 1, 2: 2, 5: 5}[fits]
+    found = importance.score(loaded, everything, geometry, calibration, settings_for(model.config, tokens=85))
+    assert found.micro_batch_tokens == expected_tokens
     assert found.objective == pytest.approx(expected.objective, rel=1e-12)
     np.testing.assert_allclose(found.scores.attention, expected.scores.attention, rtol=ONE_ULP)
     np.testing.assert_allclose(found.scores.mlp, expected.scores.mlp, rtol=ONE_ULP)
@@ -381,7 +381,7 @@ def test_one_sequence_that_does_not_fit_is_permanent(tiny_models, random_sequenc
     def full(*_: object) -> torch.Tensor:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(taylor, "batch_loss", full)
+    monkeypatch.setattr(forward, "batch_loss", full)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with pytest.raises(PermanentError, match="sequence_length"):
         importance.score(model.load(), KeepSets.everything(geometry), geometry, calibration, settings_for(model.config))

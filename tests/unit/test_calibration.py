@@ -344,7 +344,7 @@ def test_saved_set_comes_back_and_has_the_same_bytes(tmp_path, tokenizer, sectio
     assert paths[0].with_suffix(".json").read_bytes() == canonical_json(built.description)
     loaded = calibration.load(paths[0])
     assert loaded.description == built.description
-    for name in ("tokens", "spans", "weights"):
+    for name in ("tokens", "spans", "weights", "groups"):
         np.testing.assert_array_equal(getattr(loaded.set, name), getattr(built.set, name))
         assert getattr(loaded.set, name).dtype == getattr(built.set, name).dtype
 
@@ -357,6 +357,7 @@ def test_what_was_not_saved_here_is_not_loaded(tmp_path, tokenizer):
         {"weights": whole["weights"].astype(np.float32)},
         {"weights": whole["weights"][:-1]},
         {"spans": whole["spans"].reshape(-1)},
+        {"groups": whole["groups"][:-1]},
         {"extra": whole["spans"]},
     ):
         safetensors.numpy.save_file({**whole, **change}, path)

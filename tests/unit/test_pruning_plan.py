@@ -109,9 +109,9 @@ def test_a_plan_survives_json_and_is_a_pure_function():
     assert json.loads(json.dumps(made.to_dict()))["geometry"]["num_kv_groups"] == 4
 
 
-def test_micro_batch_and_memory_follow_the_sequence_length():
+def test_memory_is_that_of_a_micro_batch():
     made = plan()
-    assert made.micro_batch == 2048 // 256
+    assert made.micro_batch_tokens == 2048
     least = made.dense_bytes + 4 * GEOMETRY.decoder_parameters + 4 * 2048 * 512
     assert made.scoring_bytes > least
     halved = Recipe.parse({**recipe().model_dump(), "model": {"source": "model", "dtype": "bfloat16"}})
@@ -131,7 +131,7 @@ def test_sequences_longer_than_the_context_are_refused():
     with pytest.raises(InputError, match=r"sequence_length=513 .* context of 512 tokens; lower it"):
         make_plan(long, GEOMETRY)
     fits = Recipe.parse({**recipe().model_dump(), "calibration": {"dataset": "embedded", "sequence_length": 512}})
-    assert make_plan(fits, GEOMETRY).micro_batch == 4
+    assert make_plan(fits, GEOMETRY).levels
 
 
 def test_a_level_out_of_reach_is_refused_with_what_can_be_reached():
