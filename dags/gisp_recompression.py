@@ -173,7 +173,9 @@ def _steps(recipe: Recipe, data: Json, run: Any, calibration: Any) -> dict[int, 
 def _level(recipe: Recipe, data: Json, run: Any, name: str, order: Any, dense: list[Any]) -> Any:
     """A level from its checkpoint to its registered version; returns its last task."""
     with TaskGroup(name.replace(".", "_")):
-        model = materialize(data, run, name, order)
+        # Least squares runs the base model.
+        place = {} if recipe.pruning.compensation == "none" else _accelerator(recipe)
+        model = materialize.override(**place)(data, run, name, order)
         evaluations = _evaluations(recipe, data, run, name, model)
         uploaded = upload_to_s3(data, run, name, model, order)
         [*evaluations, *dense] >> uploaded

@@ -110,6 +110,7 @@ def plan(
     from gisp_tasks.tasks.throughput import matmul_flops
 
     rate = matmul_flops(parsed.model.dtype)
+    solving = f"least squares: about {made.compensation_bytes / 2**30:.1f} GiB\n" if made.compensation_bytes else ""
     console = Console()
     table = Table("level", "sparsity", "parameters, at most", "bytes, at most", "after step", title=parsed.name)
     table.add_row("dense", "0.0 %", f"{made.dense_parameters:,}", f"{made.dense_bytes:,}", "-")
@@ -125,8 +126,8 @@ def plan(
     console.print(
         f"scoring: {_calibration_size(parsed.calibration)}, {made.micro_batch_tokens:,} tokens at once, about "
         f"{made.scoring_bytes / 2**30:.1f} GiB\n"
-        f"time of all steps: about {made.scoring_flops / rate / 60:.1f} min at the {rate / 1e9:,.0f} GFLOP/s that a "
-        f"matrix product reaches here",
+        f"{solving}time of all steps: about {made.scoring_flops / rate / 60:.1f} min at the {rate / 1e9:,.0f} GFLOP/s "
+        f"that a matrix product reaches here",
         highlight=False,
     )
 
@@ -164,12 +165,21 @@ def materialize(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A directory that is empty or not there yet.")],
     width_multiple: Annotated[int, typer.Option(help="MLP widths are rounded up to a multiple of this.")] = 32,
     dtype: Annotated[str | None, typer.Option(help="Type of the weights; by default the model's own.")] = None,
+    compensate: Annotated[
+        Path | None, typer.Option(metavar="TOKENS", help="Token ids (.npy, .safetensors) to fit least squares on.")
+    ] = None,
 ) -> None:
     """Cut any level from a base model and a removal order; no accelerator needed."""
     from gisp_tasks.tasks.materialize import materialize_from_order
 
     parameters = materialize_from_order(
-        model, order, out=out, sparsity=sparsity, width_multiple=width_multiple, dtype=dtype
+        model,
+        order,
+        out=out,
+        sparsity=sparsity,
+        width_multiple=width_multiple,
+        dtype=dtype,
+        compensate=compensate,
     )
     sys.stdout.write(f"{out}: {level_name(sparsity)}, {parameters:,} parameters\n")
 

@@ -331,6 +331,11 @@ class Recipe(_Section):
         """`sp20` for parameter sparsity 0.2, and so on."""
         return tuple(level_name(level) for level in self.pruning.levels)
 
+    @property
+    def compensation_section(self) -> CalibrationSection:
+        """What least squares reads."""
+        return self.pruning.compensation_data or self.calibration
+
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of a run: all but the addresses it is published to and how it is scheduled."""
         value = self.model_dump(mode="json", exclude={"airflow"})

@@ -9,10 +9,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from gisp_tasks.errors import InputError
 from gisp_tasks.export.safetensors_stream import TensorPlan, shards, write_safetensors
@@ -28,7 +30,15 @@ _MODELING = "modeling_pruned"
 _CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 
 
-def write_checkpoint(base: Path, out: Path, *, geometry: Geometry, keep: KeepSets, dtype: str) -> int:
+def write_checkpoint(
+    base: Path,
+    out: Path,
+    *,
+    geometry: Geometry,
+    keep: KeepSets,
+    dtype: str,
+    replaced: Mapping[str, Path] = MappingProxyType({}),
+) -> int:
     """Write the subnetwork ``keep`` of the model in ``base`` to ``out``, tensor by tensor.
 
     Args:
@@ -37,6 +47,7 @@ def write_checkpoint(base: Path, out: Path, *, geometry: Geometry, keep: KeepSet
         geometry: of the dense model.
         keep: what stays.
         dtype: of the tensors written, a torch name.
+        replaced: safetensors files of tensors that stand in for those of the same name, in the dense model's shape.
 
     Returns:
         The number of parameters written.
@@ -44,7 +55,7 @@ def write_checkpoint(base: Path, out: Path, *, geometry: Geometry, keep: KeepSet
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((base / "config.json").read_text())
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    with _OpenCheckpoint(base) as source:
+    with _OpenCheckpoint(base, replaced) as source:
         tensors = list(_planned_tensors(source, config, geometry, keep))
         files = shards(tensors, dtype=torch_dtype, max_bytes=SHARD_BYTES)
         weight_map: dict[str, str] = {}
@@ -89,9 +100,10 @@ def pruned_config(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets,
 
 
 class _OpenCheckpoint:
-    """The safetensors files of a model directory, opened lazily, addressed by tensor name."""
+    """The safetensors files of a model directory, opened lazily, addressed by tensor name; some tensors replaced."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, replaced: Mapping[str, Path]) -> None:
+        self._replaced = replaced
         index = directory / _INDEX
         weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else None
         names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
@@ -115,6 +127,9 @@ class _OpenCheckpoint:
         return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
 
     def tensor(self, name: str) -> torch.Tensor:
+        if name in self._replaced:
+            replacement: torch.Tensor = load_file(self._replaced[name])[name]
+            return replacement
         tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
         return tensor
 

@@ -1,10 +1,13 @@
 """Loading checkpoints, and the proof that an exported level is the masked base model."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gisp_tasks.errors import InputError, NumericsError
@@ -64,7 +67,14 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False):  # type
 
 
 def prove_reload(
-    base: Path, level: Path, *, geometry: Geometry, keep: KeepSets, prompt: list[int], greedy_tokens: int = 16
+    base: Path,
+    level: Path,
+    *,
+    geometry: Geometry,
+    keep: KeepSets,
+    prompt: list[int],
+    greedy_tokens: int = 16,
+    replaced: Mapping[str, Path] = MappingProxyType({}),
 ) -> ReloadProof:
     """Reload an exported level and compare it with the masked base model.
 
@@ -75,12 +85,15 @@ def prove_reload(
         keep: what the level keeps.
         prompt: token ids to compare on.
         greedy_tokens: greedy tokens to compare after the prompt.
+        replaced: as given to `write_checkpoint`; the masked model gets these weights too.
 
     Raises:
         NumericsError: they are not the same model.
     """
     ids = torch.tensor([prompt])
     masked = load_model(base, dtype="float32", device="cpu")
+    for name, path in replaced.items():
+        masked.get_parameter(name).data.copy_(load_file(path)[name])
     _round_weights(masked, _stored_dtype(level))
     mask_model(masked, geometry, keep)
     expected, expected_tokens = _logits_and_greedy(masked, ids, greedy_tokens)

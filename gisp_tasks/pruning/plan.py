@@ -12,7 +12,7 @@ from gisp_tasks.pruning.structures import Geometry
 from gisp_tasks.recipe import Recipe, level_name
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 2048
 DENSE = "dense"
 
 
@@ -50,6 +50,8 @@ class Plan:
     Args:
         micro_batch_tokens: tokens a forward pass while scoring, padding counted; a longer sequence goes alone.
         scoring_bytes: estimate of the memory that one scoring pass takes: weights, float32 gradients, logits.
+        compensation_bytes: estimate of the memory that least squares takes: weights, the hidden states between two
+            layers, the Gram matrices of one layer and the solution of one projection. None: it is not asked for.
         scoring_flops: estimate of the operations of all scoring passes together; for items an upper bound, since
             the prompt that candidates share is computed once.
     """
@@ -61,6 +63,7 @@ class Plan:
     levels: tuple[LevelPlan, ...]
     micro_batch_tokens: int
     scoring_bytes: int
+    compensation_bytes: int | None
     scoring_flops: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,11 +84,15 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
     """
     limits = limits_of(recipe.pruning.protect, recipe.pruning.width_multiple, geometry.num_layers)
     _check_reach(recipe, geometry, limits)
-    if recipe.calibration.sequence_length > geometry.max_positions:
-        raise InputError(
-            f"calibration.sequence_length={recipe.calibration.sequence_length} is more than the model's context of "
-            f"{geometry.max_positions} tokens; lower it"
-        )
+    for name, section in (
+        ("calibration", recipe.calibration),
+        ("pruning.compensation_data", recipe.pruning.compensation_data),
+    ):
+        if section is not None and section.sequence_length > geometry.max_positions:
+            raise InputError(
+                f"{name}.sequence_length={section.sequence_length} is more than the model's context of "
+                f"{geometry.max_positions} tokens; lower it"
+            )
     levels, targets = recipe.pruning.levels, step_targets(recipe.pruning.steps, recipe.pruning.levels[-1])
     after = completing_steps(levels, recipe.pruning.steps)
     size = DTYPE_BYTES[recipe.model.dtype]
@@ -99,15 +106,19 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
         for number, target in enumerate(targets, 1)
     )
     tokens = recipe.calibration.sequences * recipe.calibration.sequence_length
+    # A parameter and token: 2 forward, 2 for the gradient of activations, 2 for that of weights.
+    operations = 6.0 if recipe.importance.score == "taylor" else 4.0
+    parameters_passed = dense * len(targets) - geometry.decoder_parameters * sum([0.0, *targets[:-1]])
     return Plan(
         geometry=geometry,
         dense_parameters=dense,
         dense_bytes=dense * size,
         steps=steps,
         levels=tuple(level_plans),
-        micro_batch_tokens=_MICRO_BATCH_TOKENS,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
         scoring_bytes=_scoring_bytes(recipe, geometry, size),
-        scoring_flops=6.0 * tokens * (dense * len(targets) - geometry.decoder_parameters * sum([0.0, *targets[:-1]])),
+        compensation_bytes=_compensation_bytes(recipe, geometry, size),
+        scoring_flops=operations * tokens * parameters_passed,
     )
 
 
@@ -124,13 +135,25 @@ def _check_reach(recipe: Recipe, geometry: Geometry, limits: Limits) -> None:
 
 
 def _scoring_bytes(recipe: Recipe, geometry: Geometry, size: int) -> int:
-    tokens = max(_MICRO_BATCH_TOKENS, recipe.calibration.sequence_length)
+    tokens = max(MICRO_BATCH_TOKENS, recipe.calibration.sequence_length)
     weights = (geometry.decoder_parameters + geometry.other_parameters) * size
-    gradients = geometry.decoder_parameters * 4
+    gradients = geometry.decoder_parameters * 4 if recipe.importance.score == "taylor" else 0
     logits = 3 * 4 * tokens * geometry.vocab_size
     widths = 6 * geometry.hidden_size + 4 * geometry.intermediate_size
     activations = size * tokens * geometry.num_layers * widths
     return weights + gradients + logits + activations
+
+
+def _compensation_bytes(recipe: Recipe, geometry: Geometry, size: int) -> int | None:
+    if recipe.pruning.compensation == "none":
+        return None
+    data = recipe.compensation_section
+    weights = (geometry.decoder_parameters + geometry.other_parameters) * size
+    hidden = 2 * data.sequences * data.sequence_length * geometry.hidden_size * size
+    inputs = (geometry.num_query_heads * geometry.head_dim, geometry.intermediate_size)
+    grams = sum(2 * 8 * width**2 for width in inputs)
+    solution = 4 * 8 * max(inputs) ** 2
+    return weights + hidden + grams + solution
 
 
 class Keys:
@@ -141,6 +164,8 @@ class Keys:
     MODEL = "model.json"
     TOKENS = "calibration/tokens.safetensors"
     CALIBRATION = "calibration/tokens.json"
+    COMPENSATION_TOKENS = "calibration/compensation.safetensors"
+    COMPENSATION = "calibration/compensation.json"
     ORDER = "removal_order.safetensors"
     MANIFEST = "manifest.json"
     REPORT = "report.html"

@@ -40,7 +40,6 @@ _GRADIENT_METHODS = {
     "gate-fisher-one-shot": ("gate_fisher", 1),
 }
 """Method -> score, and number of steps (None: the recipe's)."""
-_BATCH_TOKENS = 2048
 METHODS = (*_GRADIENT_METHODS, "wanda-sp", "flap", "magnitude", "random")
 
 
@@ -215,10 +214,9 @@ class _Seed:
         missing = [i for i, name in enumerate(names) if not bench.path(f"{name}.json").is_file()]
         with scratch() as directory:
             if missing:
-                section = recipe.pruning.compensation_data or recipe.calibration
-                data = bench.draw(section, self._seed).set
+                data = bench.draw(recipe.compensation_section, self._seed).set
                 keeps = [self._keep(*wanted[i]) for i in missing]
-                solved = compensate(bench.base, bench.geometry, keeps, data, batch_tokens=_BATCH_TOKENS)
+                solved = compensate(bench.base, bench.geometry, keeps, data, batch_tokens=bench.plan.micro_batch_tokens)
                 for index, solution in solved:
                     # On disk: the projections of many subnetworks together are larger than a model.
                     save_file(
@@ -241,7 +239,7 @@ class _Seed:
         score, steps = _GRADIENT_METHODS[method]
         model, held = copy.deepcopy(bench.base), KeepSets.everything(bench.geometry)
         settings = importance.ScoringSettings(
-            bench.limits.protected, recipe.importance.normaliser, bench.plan.micro_batch, score=score
+            bench.limits.protected, recipe.importance.normaliser, bench.plan.micro_batch_tokens, score=score
         )
         order, first = RemovalOrder.empty(), None
         for step, target in enumerate(step_targets(steps or recipe.pruning.steps, recipe.pruning.levels[-1]), 1):
@@ -275,7 +273,7 @@ class _Seed:
         from gisp_tasks.pruning.baselines import input_moments
 
         bench = self._bench
-        return input_moments(bench.base, bench.geometry, self._calibration, batch_tokens=_BATCH_TOKENS)
+        return input_moments(bench.base, bench.geometry, self._calibration, batch_tokens=bench.plan.micro_batch_tokens)
 
     def _keep(self, method: str, level: float) -> KeepSets:
         bench = self._bench

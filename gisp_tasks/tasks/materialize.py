@@ -2,16 +2,21 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from gisp_tasks.data import calibration as calibration_data
 from gisp_tasks.errors import InputError
 from gisp_tasks.pruning.families import geometry_of
+from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.plan import DTYPE_BYTES, Keys
 from gisp_tasks.pruning.removal_order import RemovalOrder
-from gisp_tasks.recipe import ModelSection
+from gisp_tasks.pruning.structures import Geometry, KeepSets
+from gisp_tasks.recipe import CalibrationSection, ModelSection
 from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.stores import model_source
+from gisp_tasks.tasks.compensate import Solutions, solve_projections
 from gisp_tasks.tasks.runtime import Json, Run, make_torch_deterministic, scratch
 from gisp_tasks.tasks.score import load_order
 
@@ -42,14 +47,32 @@ def materialize(recipe: Json, run: Json, level: str, order: Json) -> Json:
     )
     with scratch() as directory:
         out = directory / "model"
-        parameters = write_checkpoint(base, out, geometry=geometry, keep=keep, dtype=this.recipe.model.dtype)
+        solutions = _compensated(this, keep, base, directory / "compensation")
+        replaced = solutions.weights if solutions else {}
+        parameters = write_checkpoint(
+            base, out, geometry=geometry, keep=keep, dtype=this.recipe.model.dtype, replaced=replaced
+        )
         expected = geometry.parameters_of(keep) + geometry.other_parameters
         assert parameters == expected, f"{parameters} parameters were written, {expected} planned"
         prompt = _calibration_prompt(this)
-        proof = prove_reload(base, out, geometry=geometry, keep=keep, prompt=prompt)
+        proof = prove_reload(base, out, geometry=geometry, keep=keep, prompt=prompt, replaced=replaced)
         logger.info("Level %s: %d parameters, logits within %.1e", level, parameters, proof.max_logit_difference)
+        if solutions:
+            record = {**solutions.record(), "by_projection": solutions.projections}
+            this.publish_json(Keys.level(level, "compensation.json"), record)
         this.publish_json(Keys.level(level, "reload.json"), asdict(proof))
         return this.store.put_directory(Keys.level(level, "model"), out).to_dict()
+
+
+def _compensated(run: Run, keep: KeepSets, base: Path, out: Path) -> Solutions | None:
+    """Least squares on the dense model, where the recipe asks for it."""
+    from gisp_tasks.export.reload import load_model
+
+    if run.recipe.pruning.compensation == "none":
+        return None
+    section = run.recipe.model
+    model = load_model(base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    return solve_projections(model, run.geometry, keep, run.compensation_set(), out)
 
 
 def _calibration_prompt(run: Run) -> list[int]:
@@ -60,14 +83,32 @@ def _calibration_prompt(run: Run) -> list[int]:
 
 
 def materialize_from_order(
-    model: str, order: Path, *, out: Path, sparsity: float, width_multiple: int, dtype: str | None
+    model: str,
+    order: Path,
+    *,
+    out: Path,
+    sparsity: float,
+    width_multiple: int,
+    dtype: str | None,
+    compensate: Path | None = None,
 ) -> int:
     """Cut a level from a base model and the file of a removal order; returns the parameters written.
 
+    Args:
+        model: hub id, directory or s3:// prefix.
+        order: the file.
+        out: a directory that is empty or not there.
+        sparsity: parameter sparsity.
+        width_multiple: rounding of MLP widths.
+        dtype: of the weights; None: the model's own.
+        compensate: a file of token ids to fit least squares on; the model is then loaded as a whole.
+
     Raises:
-        InputError: the order belongs to another model or does not reach that far, or ``out`` is not empty.
+        InputError: the order belongs to another model or does not reach that far, ``out`` is not empty, or the tokens
+            cannot be used.
     """
     from gisp_tasks.export.huggingface import write_checkpoint
+    from gisp_tasks.export.reload import load_model
 
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: the directory is not empty; give one that is, or that does not exist yet")
@@ -86,4 +127,20 @@ def materialize_from_order(
             f"give the model that the order was made from"
         )
     keep = removal_order.level(sparsity, geometry=geometry, width_multiple=width_multiple)
-    return write_checkpoint(model_source.locate(record), out, geometry=geometry, keep=keep, dtype=written_dtype)
+    base = model_source.locate(record)
+    with scratch() as directory:
+        replaced: Mapping[str, Path] = {}
+        if compensate is not None:
+            data = _tokens(compensate, geometry)
+            make_torch_deterministic()
+            dense = load_model(base, dtype=written_dtype)
+            replaced = solve_projections(dense, geometry, keep, data, directory).weights
+        return write_checkpoint(base, out, geometry=geometry, keep=keep, dtype=written_dtype, replaced=replaced)
+
+
+def _tokens(path: Path, geometry: Geometry) -> CalibrationSet:
+    """All of a token file."""
+    section = CalibrationSection(
+        dataset="tokens", path=str(path), sequences=1_000_000, sequence_length=geometry.max_positions
+    )
+    return calibration_data.build(section, tokenizer=None, vocab_size=geometry.vocab_size).set

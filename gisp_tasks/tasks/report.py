@@ -70,12 +70,22 @@ def _content(run: Run) -> Json:
         "plan": {"key": Keys.PLAN, "sha256": _digest(run, Keys.PLAN)},
         "model": run.model,
         "calibration": {**calibration, "tokens_sha256": _digest(run, Keys.TOKENS)},
+        "compensation": _compensation_data(run),
         "steps": [_step_record(run, step) for step in range(1, len(run.plan.steps) + 1)],
         "removal_order": {"key": Keys.ORDER, "sha256": _digest(run, Keys.ORDER)},
         "levels": levels,
         "environment": environment(),
         "deviations": list(DEVIATIONS),
     }
+
+
+def _compensation_data(run: Run) -> Json | None:
+    """What least squares read; None where it was not asked for."""
+    if run.recipe.pruning.compensation == "none":
+        return None
+    own = run.recipe.pruning.compensation_data is not None
+    key, tokens = (Keys.COMPENSATION, Keys.COMPENSATION_TOKENS) if own else (Keys.CALIBRATION, Keys.TOKENS)
+    return {**run.read_json(key), "tokens_sha256": _digest(run, tokens)}
 
 
 def _dense_record(run: Run) -> Json:

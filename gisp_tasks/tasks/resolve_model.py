@@ -11,7 +11,7 @@ from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.plan import Keys, Plan, make_plan
 from gisp_tasks.pruning.ranking import limits_of
 from gisp_tasks.pruning.structures import KeepSets
-from gisp_tasks.recipe import Recipe
+from gisp_tasks.recipe import CalibrationSection, Recipe
 from gisp_tasks.refs import canonical_json, sha256_bytes
 from gisp_tasks.stores import model_source
 from gisp_tasks.stores.artifacts import open_store
@@ -47,14 +47,19 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
     model = model_source.resolve(parsed.model)
     plan = make_plan(parsed, geometry_of(model["config"]))
     directory = model_source.locate(model)
-    calibration = build_calibration(parsed, directory, model)
+    calibration = build_calibration(parsed, parsed.calibration, directory, model)
+    compensation = _compensation_data(parsed, directory, model, calibration)
     datasets = {name: source.describe() for name, source in evaluation_sources(parsed).items()}
     _check_loss(parsed, plan, directory, calibration.set)
 
     identity: Json = {
         "recipe": parsed.identity(),
         "model": {"revision": model["revision"], "files": model["files"]},
-        "datasets": {"calibration": calibration.description["source"], "evaluation": datasets},
+        "datasets": {
+            "calibration": calibration.description["source"],
+            "compensation": compensation.description["source"] if compensation else None,
+            "evaluation": datasets,
+        },
         "package_version": __version__,
     }
     run_id = sha256_bytes(canonical_json(identity))[:12]
@@ -78,7 +83,8 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
 
 def _lineage(datasets: Json) -> list[dict[str, str]]:
     """The data sets of a run, as the tracking server keeps them."""
-    used = [("calibration", datasets["calibration"])] + [("evaluation", d) for d in datasets["evaluation"].values()]
+    used = [(name, datasets[name]) for name in ("calibration", "compensation") if datasets[name]]
+    used += [("evaluation", source) for source in datasets["evaluation"].values()]
     return [
         {
             "name": f"{source['dataset']}/{source['split']}",
@@ -90,14 +96,30 @@ def _lineage(datasets: Json) -> list[dict[str, str]]:
     ]
 
 
-def build_calibration(recipe: Recipe, directory: Path, model: Json) -> calibration_data.Calibration:
-    """Calibration tokens of a run, from its tokenizer; the same in the check and in the task that publishes them."""
+def build_calibration(
+    recipe: Recipe, section: CalibrationSection, directory: Path, model: Json
+) -> calibration_data.Calibration:
+    """Sequences of a run, from its tokenizer; the same in the check and in the task that publishes them."""
     from gisp_tasks.export.reload import load_tokenizer
 
     tokenizer = load_tokenizer(directory, trust_remote_code=recipe.model.trust_remote_code)
-    return calibration_data.build(
-        recipe.calibration, tokenizer=tokenizer, vocab_size=int(model["config"]["vocab_size"])
-    )
+    return calibration_data.build(section, tokenizer=tokenizer, vocab_size=int(model["config"]["vocab_size"]))
+
+
+def _compensation_data(
+    recipe: Recipe, directory: Path, model: Json, calibration: calibration_data.Calibration
+) -> calibration_data.Calibration | None:
+    """What least squares reads, where it is asked for."""
+    if recipe.pruning.compensation == "none":
+        return None
+    section = recipe.pruning.compensation_data
+    data = build_calibration(recipe, section, directory, model) if section else calibration
+    if data.set.num_sequences < 2:
+        raise InputError(
+            f"pruning.compensation=least_squares was asked, with {data.set.num_sequences} sequence to fit it on; at "
+            f"least two are needed, since the ridge is chosen on some that are held back. Raise the number of sequences"
+        )
+    return data
 
 
 def recipe_yaml(recipe: Recipe) -> bytes:

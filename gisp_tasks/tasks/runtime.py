@@ -88,8 +88,22 @@ class Run:
         Raises:
             IntegrityError: it is not there, or not what was published.
         """
+        return self._sequences(Keys.CALIBRATION, Keys.TOKENS)
+
+    def compensation_set(self) -> CalibrationSet:
+        """The published sequences for least squares; those of calibration, where the recipe names no others.
+
+        Raises:
+            IntegrityError: as in `calibration`.
+        """
+        if self.recipe.pruning.compensation_data is None:
+            return self.calibration()
+        return self._sequences(Keys.COMPENSATION, Keys.COMPENSATION_TOKENS)
+
+    def _sequences(self, *keys: str) -> CalibrationSet:
+        """From the description's key and the tokens' key."""
         with scratch() as directory:
-            for key in (Keys.CALIBRATION, Keys.TOKENS):
+            for key in keys:
                 ref = self.store.stat(key)
                 if ref is None:
                     raise self._missing(key)

@@ -60,6 +60,7 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
         "kv_groups": [int(count) for count in keep.attention.sum(axis=1)],
         "channels": [int(count) for count in keep.mlp.sum(axis=1)],
         "keep_set_sha256": keep_set_digest(keep),
+        "compensation": _compensation(this, level),
         "model": {"key": Keys.level(level, "model"), "sha256": model_ref.sha256, "size": model_ref.size},
         "package": package,
         "evaluation": {"sha256": evaluation_ref.sha256, "metrics": evaluation["metrics"]},
@@ -70,6 +71,17 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
     log_metrics(this, {f"level.{name}": value for name, value in evaluation["metrics"].items()},
                 step=round(plan.sparsity * 100))  # fmt: skip
     return ref.to_dict()
+
+
+def _compensation(run: Run, level: str) -> Json | None:
+    """How least squares went; None where levels keep the base model's weights."""
+    if run.recipe.pruning.compensation == "none":
+        return None
+    key = Keys.level(level, "compensation.json")
+    ref = run.store.stat(key)
+    assert ref is not None, "the task before this one published it"
+    record = {name: value for name, value in run.read_json(key).items() if name != "by_projection"}
+    return {**record, "key": key, "sha256": ref.sha256}
 
 
 def merged_evaluation(run: Run, level: str) -> Json:
