@@ -39,7 +39,7 @@ def gate_fisher(
     device = device_of(model)
     sizes = {(layer, role): int(mask[layer].sum()) for layer in layers for role, mask in _masks(keep)}
     sums = {key: torch.zeros(size, dtype=torch.float64, device=device) for key, size in sizes.items()}
-    with _gates(model, geometry, sums, first_layer=layers[0]):
+    with _gates(model, geometry, sums):
         objective, scale = backward_pass(model, calibration, max_tokens)
     # A row's loss is its share of a mean over G rows: (G x share)^2, averaged over G rows, leaves one factor G.
     factor = calibration.num_groups / scale**2
@@ -53,12 +53,9 @@ def _masks(keep: KeepSets) -> tuple[tuple[str, NDArray[np.bool_]], ...]:
 
 
 @contextmanager
-def _gates(
-    model: nn.Module, geometry: Geometry, sums: dict[tuple[int, str], torch.Tensor], *, first_layer: int
-) -> Iterator[None]:
+def _gates(model: nn.Module, geometry: Geometry, sums: dict[tuple[int, str], torch.Tensor]) -> Iterator[None]:
     """Hooks that add each row's squared gate derivative to ``sums`` during a backward pass."""
-    # No weight needs a gradient, so the first scored layer's input starts the graph; what lies below it has none.
-    hooks = [model.get_submodule(f"model.layers.{first_layer}").register_forward_pre_hook(_start_graph)]
+    hooks = []
     for (layer, role), total in sums.items():
         path = FAMILIES[geometry.family].projections[role].path
         module = model.get_submodule(f"model.layers.{layer}.{path}")
@@ -70,15 +67,13 @@ def _gates(
             hook.remove()
 
 
-def _start_graph(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (inputs[0].detach().requires_grad_(True), *inputs[1:])
-
-
-def _gate(total: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+def _gate(total: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor]]:
     """A hook on a projection that watches the gradient of its input [B, T, units x width]."""
 
-    def watch(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def watch(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         activation = inputs[0].detach()
+        # No weight needs a gradient, so the first gate of the model starts the graph; what lies below it has none.
+        watched = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_(True)
 
         def add(gradient: torch.Tensor) -> None:
             wide = torch.promote_types(gradient.dtype, torch.float32)
@@ -86,6 +81,7 @@ def _gate(total: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...]]
             by_unit = derivative.view(len(derivative), len(total), -1).sum(dim=2).double()
             total.add_(by_unit.square().sum(dim=0))
 
-        inputs[0].register_hook(add)  # type: ignore[no-untyped-call]
+        watched.register_hook(add)  # type: ignore[no-untyped-call]
+        return (watched,)
 
     return watch

@@ -15,6 +15,8 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from gisp_tasks.pruning.objectives import Candidate, Item
+
 _COMMON = {"num_hidden_layers": 3, "vocab_size": 61, "max_position_embeddings": 64, "intermediate_size": 40}
 
 # head_dim is explicit and never hidden_size / num_attention_heads, but for one whose config.json has none. Windows of
@@ -176,6 +178,45 @@ def random_sequences() -> Callable[..., list[np.ndarray]]:
     def make(vocab: int, lengths: list[int], seed: int = 0) -> list[np.ndarray]:
         generator = np.random.default_rng(seed)
         return [generator.integers(0, vocab, length, dtype=np.int32) for length in lengths]
+
+    return make
+
+
+@pytest.fixture
+def many_items() -> Callable[[int], list[Item]]:
+    """Items of every kind of overlap between candidates, random tokens, the correct candidate first."""
+
+    def make(vocab: int) -> list[Item]:
+        generator = np.random.default_rng(0)
+
+        def some(count: int) -> list[int]:
+            return generator.integers(0, vocab, count).tolist()
+
+        def item(*candidates: tuple[list[int], list[int]]) -> Item:
+            made = [Candidate(np.array(prompt + answer, dtype=np.int64), len(prompt)) for prompt, answer in candidates]
+            return Item(made[0], tuple(made[1:]))
+
+        def of(prompt: int, *answers: int) -> Item:
+            shared = some(prompt)
+            return item(*((shared, some(count)) for count in answers))
+
+        start, prompt, answer = some(6), some(5), some(4)
+        return [
+            of(5, 3, 2),
+            of(2, 1, 4, 1, 6),
+            of(9, 2, 2, 2),
+            of(1, 7, 1, 3, 2, 5),
+            # WinoGrande: the prompts differ, in length too, and the answers are the same.
+            item(([*start, 3], answer), ([*start, 4, 5], answer)),
+            # Nothing in common, not even the first token.
+            item(([7, *prompt], answer), ([8, *prompt], answer)),
+            # Answers that begin alike: the common prefix would reach into them.
+            item((prompt, [*answer, 1, 2]), (prompt, [*answer, 3])),
+            # One answer begins another, and one is the correct one again.
+            item((prompt, answer), (prompt, answer[:2]), (prompt, answer)),
+            # What is prompt in one candidate is answer in the other.
+            item((prompt + answer[:2], answer[2:]), (prompt, [*answer, 1])),
+        ]
 
     return make
 
