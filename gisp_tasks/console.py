@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from gisp_tasks.report import metric_names
 
 
 @contextmanager
@@ -65,7 +67,7 @@ class TaskProgress:
 
 
 def ladder_table(summary: Mapping[str, Any]) -> Table:
-    """The levels of a finished run, one column each."""
+    """The levels of a finished run, one column each; single tasks only by their mean, the page has them all."""
     levels = summary["levels"]
     table = Table(title=f"run {summary['run_id']}", title_justify="left", header_style="bold")
     table.add_column("", no_wrap=True)
@@ -75,7 +77,7 @@ def ladder_table(summary: Mapping[str, Any]) -> Table:
         "sparsity": lambda level: f"{100 * level['param_sparsity']:.1f} %",
         "parameters": lambda level: f"{level['parameters'] / 1e6:.1f} M",
         "bytes": lambda level: f"{level['bytes'] / 1e6:.0f} MB",
-        **{name: partial(_metric, name) for name in metric_names(levels)},
+        **{name: partial(_metric, name) for name in metric_names(levels)[0]},
         "gate": lambda level: level["gate"] or "-",
         "version": lambda level: str(level["model_version"] or "-"),
         "alias": lambda level: f"@{level['alias']}" if level["alias"] else "-",
@@ -87,9 +89,3 @@ def ladder_table(summary: Mapping[str, Any]) -> Table:
 
 def _metric(name: str, level: Mapping[str, Any]) -> str:
     return f"{level['metrics'][name]:.4g}" if name in level["metrics"] else "-"
-
-
-def metric_names(levels: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Metrics worth a column: all but standard errors."""
-    names = dict.fromkeys(name for level in levels for name in level["metrics"])
-    return [name for name in names if not name.endswith("_stderr")]

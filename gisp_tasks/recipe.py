@@ -19,6 +19,8 @@ from gisp_tasks.refs import canonical_json
 NAMED_DATASETS = ("c4", "wikitext2", "gsm8k", "commonsense_qa", "embedded", "embedded_arithmetic")
 FILE_DATASETS = ("tokens", "text", "items")
 ITEM_DATASETS = ("commonsense_qa", "items")
+# The tasks of `commonsense_qa`, in the order of the published calibration set.
+COMMONSENSE_TASKS = ("boolq", "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "winogrande", "piqa")
 Level = Annotated[float, Field(ge=0.001, le=0.99)]
 
 
@@ -199,6 +201,20 @@ class ProblemEvaluation(_Section):
     """Reference solutions whose perplexity is taken; null: all."""
 
 
+class ChoiceEvaluation(_Section):
+    """Accuracy on BoolQ, ARC-Easy, ARC-Challenge, HellaSwag, OpenBookQA, WinoGrande and PIQA through lm-eval."""
+
+    shots: int = Field(default=0, ge=0, le=32)
+    """Solved examples, of the train split, before each question."""
+    limit: int | None = Field(default=None, ge=1)
+    """Questions of each task, the first of its file; null: all."""
+    batch_size: int = Field(default=8, ge=1, le=1024)
+    """Answers weighed at once; scores depend on it in the last digits, so it is recorded."""
+    split: Literal["validation", "test"] = "validation"
+    """`test`: what lm-eval itself evaluates, which is the test split of ARC and OpenBookQA and validation elsewhere
+    (the other test splits have no labels)."""
+
+
 class EvaluationSection(_Section):
     """What every level, and the dense model, is measured on. Leave a key out to skip its task."""
 
@@ -206,6 +222,8 @@ class EvaluationSection(_Section):
     """Token perplexity of the WikiText-2 (raw) test split."""
     gsm8k: ProblemEvaluation | None = None
     """Grade-school word problems, test split."""
+    commonsense_qa: ChoiceEvaluation | None = None
+    """Seven multiple-choice tasks and their mean."""
     embedded_text: TextEvaluation | None = None
     """Token perplexity of the held-back part of the reference text that CPython ships. Works offline."""
     embedded_arithmetic: ProblemEvaluation | None = None

@@ -6,6 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from gisp_tasks.recipe import COMMONSENSE_TASKS
+
 
 def render(summary: Mapping[str, Any], *, manifest: Mapping[str, Any], curve_metric: str | None) -> str:
     """The page of a finished run.
@@ -21,12 +23,26 @@ def render(summary: Mapping[str, Any], *, manifest: Mapping[str, Any], curve_met
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    metrics = list(dict.fromkeys(name for level in summary["levels"] for name in level["metrics"]))
-    shown = [name for name in metrics if not name.endswith("_stderr")]
+    headline, by_task = metric_names(summary["levels"])
     curve = _curve_svg(summary["levels"], curve_metric) if curve_metric else None
     return environment.get_template("report.html.jinja").render(
-        summary=summary, manifest=manifest, metrics=shown, curve=curve, curve_metric=curve_metric
+        summary=summary,
+        manifest=manifest,
+        metrics=headline,
+        task_metrics=by_task,
+        curve=curve,
+        curve_metric=curve_metric,
     )
+
+
+def metric_names(levels: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """The metrics that tell a ladder's quality at a glance, and those of single tasks whose mean is among them.
+
+    Standard errors are in neither.
+    """
+    names = dict.fromkeys(name for level in levels for name in level["metrics"] if not name.endswith("_stderr"))
+    by_task = [name for name in names if name.startswith(COMMONSENSE_TASKS)]
+    return [name for name in names if name not in by_task], by_task
 
 
 def _curve_svg(levels: Sequence[Mapping[str, Any]], metric: str) -> str:

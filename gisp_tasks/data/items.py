@@ -20,7 +20,6 @@ from gisp_tasks.data.sources import Source, SourceFile
 from gisp_tasks.errors import InputError
 from gisp_tasks.pruning.objectives import Candidate, Item
 from gisp_tasks.recipe import CalibrationSection
-from gisp_tasks.refs import sha256_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,13 @@ def draw_commonsense_qa(section: CalibrationSection, tokenizer: Any) -> ItemDraw
         )
         items += drawn
     method = _METHOD + "an even share of the budget for each of seven tasks, prompts as lm-eval builds them"
-    return ItemDraw(items, method, _describe(found, section.split), {"tasks": counts}, tokenized_here=True)
+    return ItemDraw(
+        items,
+        method,
+        sources.describe_together("commonsense_qa", found, section.split),
+        {"tasks": counts},
+        tokenized_here=True,
+    )
 
 
 def _find(task: str, split: str) -> Source:
@@ -218,19 +223,3 @@ def _item_of_ids(row: Row) -> Item:
         for answer in (row["correct_ids"], *row["wrong_ids"])
     )
     return Item(correct, tuple(wrong))
-
-
-def _describe(found: dict[str, Source], split: str) -> dict[str, Any]:
-    """One record of several sources; a split that is not quite the one asked for is named with its task."""
-    others = ", ".join(f"{task}: {source.split}" for task, source in found.items() if source.split != split)
-    revisions = dict.fromkeys(source.revision for source in found.values() if source.revision)
-    tasks = {task: source.describe() for task, source in found.items()}
-    return {
-        "dataset": "commonsense_qa",
-        "split": f"{split} ({others})" if others else split,
-        "origin": ", ".join(dict.fromkeys(source.origin for source in found.values())),
-        "revision": ", ".join(revisions) or None,
-        "digest": sha256_bytes("\n".join(source.digest for source in found.values()).encode()),
-        "rows": sum(task["rows"] for task in tasks.values()),
-        "tasks": tasks,
-    }

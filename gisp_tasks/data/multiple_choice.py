@@ -49,6 +49,24 @@ def questions(task: str, rows: list[Row], *, origin: str) -> list[Question]:
     return found
 
 
+def harness_rows(task: str, rows: list[Row], *, origin: str) -> list[Row]:
+    """The rows with the columns that lm-eval's task of that name reads, each checked to be a labelled question.
+
+    Raises:
+        InputError: as in `questions`.
+    """
+    labels = [question.correct for question in questions(task, rows, origin=origin)]
+    if task != "boolq":
+        return rows
+    # lm-eval reads SuperGLUE's form.
+    return [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
+
+
+def evaluated_split(task: str, split: str) -> str:
+    """The split to evaluate a task on: ``test`` only where the data set has labels in it, which lm-eval takes then."""
+    return split if task in _LABELLED_TESTS else "validation"
+
+
 def _bad_row(task: str, origin: str, number: int, found: str) -> InputError:
     return InputError(
         f"{origin}, row {number}: a labelled row of {task} was expected, found {found}. Every row needs the columns of "
@@ -100,7 +118,7 @@ def _winogrande(row: Row) -> Question:
     return Question(pairs, ("1", "2").index(row["answer"]))
 
 
-# In the order of the published calibration set.
+_LABELLED_TESTS = ("arc_easy", "arc_challenge", "openbookqa")
 TASKS: Mapping[str, Callable[[Row], Question]] = {
     "boolq": _boolq,
     "arc_easy": _arc,

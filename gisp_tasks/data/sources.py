@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,11 +107,6 @@ class Source:
         """
         return [(question, answer) for question, answer in self._fields("question", "answer")]
 
-    def write_jsonl(self, path: Path) -> Path:
-        """Write the rows as JSON lines (for tools that read files); returns ``path``."""
-        path.write_bytes(_json_lines(self.rows()))
-        return path
-
     def describe(self, num_rows: int | None = None) -> dict[str, Any]:
         """What a record keeps: JSON-ready, no local path.
 
@@ -141,6 +136,28 @@ class Source:
                     f"{found}. Every row needs them; rename the column or remove the row"
                 )
             yield values
+
+
+def describe_together(dataset: str, found: Mapping[str, Source], split: str) -> dict[str, Any]:
+    """One record of the sources of several tasks, as `Source.describe`; each one's own is under ``tasks``.
+
+    Args:
+        dataset: name of the whole.
+        found: task -> its source.
+        split: the one asked for; a task's that is not quite it is named with the task.
+    """
+    others = ", ".join(f"{task}: {source.split}" for task, source in found.items() if source.split != split)
+    revisions = dict.fromkeys(source.revision for source in found.values() if source.revision)
+    tasks = {task: source.describe() for task, source in found.items()}
+    return {
+        "dataset": dataset,
+        "split": f"{split} ({others})" if others else split,
+        "origin": ", ".join(dict.fromkeys(source.origin for source in found.values())),
+        "revision": ", ".join(revisions) or None,
+        "digest": sha256_bytes("\n".join(source.digest for source in found.values()).encode()),
+        "rows": sum(task["rows"] for task in tasks.values()),
+        "tasks": tasks,
+    }
 
 
 def find(dataset: str, split: str) -> Source:

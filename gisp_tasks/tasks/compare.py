@@ -28,7 +28,7 @@ from gisp_tasks.pruning.structures import KeepSets
 from gisp_tasks.recipe import CalibrationSection, Recipe, level_name
 from gisp_tasks.refs import canonical_json, sha256_bytes
 from gisp_tasks.stores import model_source
-from gisp_tasks.tasks.evaluate import measure_model
+from gisp_tasks.tasks.measure import measure_model
 from gisp_tasks.tasks.runtime import Json, make_torch_deterministic, scratch
 
 logger = logging.getLogger(__name__)

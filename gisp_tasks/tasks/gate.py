@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from gisp_tasks.pruning.structures import Geometry
 from gisp_tasks.recipe import Recipe
-from gisp_tasks.tasks.evaluate import windows_of
+from gisp_tasks.tasks.measure import windows_of
 from gisp_tasks.tasks.runtime import Json
 
 

@@ -16,7 +16,7 @@ from gisp_tasks.refs import canonical_json, sha256_bytes
 from gisp_tasks.stores import model_source
 from gisp_tasks.stores.artifacts import open_store
 from gisp_tasks.stores.registry import MlflowRegistry
-from gisp_tasks.tasks.evaluate import evaluation_sources
+from gisp_tasks.tasks.measure import evaluation_sources
 from gisp_tasks.tasks.runtime import Json
 
 logger = logging.getLogger(__name__)

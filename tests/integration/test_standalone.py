@@ -20,6 +20,7 @@ EVALUATION = {
     "stories260k": {
         "wikitext2": {"windows": [128], "limit_tokens": 2049},
         "gsm8k": {"shots": 0, "limit": 2, "max_new_tokens": 16, "batch_size": 2, "limit_solutions": 4},
+        "commonsense_qa": {"limit": 2},
     },
     "smollm2-135m": {
         "wikitext2": {"windows": [128, 2048], "limit_tokens": 8193},

@@ -59,6 +59,15 @@ def test_defaults_are_those_of_the_method():
     assert recipe.publish.gate.max_perplexity_ratio == 4.0
 
 
+def test_commonsense_qa_is_zero_shot_on_validation_by_default():
+    recipe = parse(evaluation={"wikitext2": {}, "commonsense_qa": {}})
+    assert recipe.evaluation.tasks == ("wikitext2", "commonsense_qa")
+    assert recipe.evaluation.perplexity_task == "wikitext2"
+    section = recipe.evaluation.commonsense_qa
+    assert (section.limit, section.batch_size, section.shots, section.split) == (None, 8, 0, "validation")
+    assert "'validation' or 'test'" in refusal(evaluation={"wikitext2": {}, "commonsense_qa": {"split": "train"}})
+
+
 def test_a_recipe_survives_its_own_json():
     recipe = parse(publish={"store": "s3://models/gisp", "mlflow": MLFLOW}, evaluation={"wikitext2": {}, "gsm8k": {}})
     assert Recipe.parse(json.loads(recipe.to_json())) == recipe
@@ -70,6 +79,7 @@ def test_a_recipe_survives_its_own_json():
         ({"pruningg": {}}, "pruningg: unknown key. Did you mean 'pruning'?"),
         ({"pruning": {"step": 3}}, "pruning.step: unknown key. Did you mean 'steps'?"),
         ({"evaluation": {"wikitext2": {"window": [3]}}}, "evaluation.wikitext2.window: unknown key. Did you mean"),
+        ({"evaluation": {"commonsense_qa": {"tasks": ["piqa"]}}}, "Allowed here: shots, limit, batch_size, split"),
         ({"pruning": {"protect": {"zebra": 1}}}, "Allowed here: first_layers, last_layers, min_kv_groups"),
     ],
 )

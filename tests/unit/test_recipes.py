@@ -95,6 +95,9 @@ def test_large_models_have_the_published_hyper_parameters(name: str):
     assert (calibration.dataset, calibration.sequences, calibration.sequence_length) == ("c4", 2000, 256)
     assert (recipe.pruning.steps, recipe.model.dtype, calibration.seed) == (STEPS[name], "bfloat16", 0)
     assert (recipe.airflow.pool, recipe.airflow.queue) == ("gpu", "gpu")
+    assert recipe.evaluation.tasks == ("wikitext2", "gsm8k", "commonsense_qa")
+    commonsense = recipe.evaluation.commonsense_qa
+    assert (commonsense.shots, commonsense.limit, commonsense.split) == (0, None, "test")
 
 
 def test_every_model_of_the_table_has_a_recipe():

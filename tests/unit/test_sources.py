@@ -323,8 +323,11 @@ def test_arithmetic_is_the_same_on_every_machine():
     ]
 
 
-def test_write_jsonl_gives_the_rows_back(tmp_path):
-    source = sources.find("embedded_arithmetic", "test")
-    path = source.write_jsonl(tmp_path / "test.jsonl")
-    assert sources.from_file(path).rows() == source.rows()
-    assert sha256(path) == source.files[0].sha256
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [({"question": "1 + 1?"}, "question: str"), ({"question": 3, "answer": "3"}, "question: int, answer: str")],
+)
+def test_a_word_problem_needs_both_texts(tmp_path, row, found):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=f"row 1: string fields question, answer were expected, found {found}"):
+        sources.from_file(tmp_path / "a.jsonl").items()

@@ -1,11 +1,9 @@
 """Exact match through lm-eval: offline, repeatable, and really scored."""
 
-import json
 import logging
 import os
 import socket
 
-import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
@@ -13,9 +11,10 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gisp_tasks.errors import InputError
-from gisp_tasks.evaluation.harness import ProblemFiles, exact_match
+from gisp_tasks.evaluation.harness import TaskRows
+from gisp_tasks.evaluation.word_problems import exact_match
 from gisp_tasks.recipe import ProblemEvaluation
-from gisp_tasks.refs import canonical_json, sha256_file
+from gisp_tasks.refs import canonical_json
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +29,8 @@ def tokenizer(testdata):
 
 @pytest.fixture
 def gsm8k(testdata):
-    folder = testdata / "data/gsm8k"
-    return ProblemFiles(train=folder / "train.parquet", test=folder / "test.parquet")
+    test, train = (pyarrow.parquet.read_table(testdata / f"data/gsm8k/{split}.parquet") for split in ("test", "train"))
+    return TaskRows(test.to_pylist(), train.to_pylist())
 
 
 @pytest.fixture(autouse=True)
@@ -47,11 +46,6 @@ def section(**values):
     return ProblemEvaluation(**({"shots": 1, "limit": 2, "max_new_tokens": 8} | values))
 
 
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def problems(count):
     return [
         {"question": f"Tom has {i} cats and gets 2 more. How many?", "answer": f"It is {i}+2.\n#### {i + 2}"}
@@ -60,11 +54,8 @@ def problems(count):
 
 
 @pytest.fixture
-def small(tmp_path):
-    return ProblemFiles(
-        train=write_jsonl(tmp_path / "train.jsonl", problems(9)[4:]),
-        test=write_jsonl(tmp_path / "test.jsonl", problems(3)),
-    )
+def small():
+    return TaskRows(problems(3), problems(9)[4:])
 
 
 def answering(monkeypatch, answer):
@@ -80,16 +71,11 @@ def answering(monkeypatch, answer):
     return seen
 
 
-def gold(files):
-    rows = pyarrow.parquet.read_table(files.test).to_pylist()
-    return {row["question"]: row["answer"] for row in rows}
-
-
 def test_two_runs_are_equal_and_say_how(model, tokenizer, gsm8k, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     environment = dict(os.environ)
-    first = exact_match(model, tokenizer, files=gsm8k, section=section())
-    assert exact_match(model, tokenizer, files=gsm8k, section=section()) == first
+    first = exact_match(model, tokenizer, rows=gsm8k, section=section())
+    assert exact_match(model, tokenizer, rows=gsm8k, section=section()) == first
     assert set(first.metrics) == {
         "gsm8k_exact_match_strict",
         "gsm8k_exact_match_strict_stderr",
@@ -103,8 +89,7 @@ def test_two_runs_are_equal_and_say_how(model, tokenizer, gsm8k, monkeypatch, tm
     assert first.protocol["num_samples"] == first.protocol["limit"] == 2
     assert first.protocol["batch_size"] == 8
     assert first.protocol["max_new_tokens"] == 8
-    assert first.protocol["problems"] == {"file": "test.parquet", "sha256": sha256_file(gsm8k.test)}
-    assert first.protocol["fewshot_source"]["sha256"] == sha256_file(gsm8k.train)
+    assert first.protocol["fewshot_seed"] == 1234
     assert canonical_json({"metrics": first.metrics, "protocol": first.protocol})
     assert dict(os.environ) == environment
     assert not (tmp_path / "hf").exists(), "something was cached"
@@ -120,16 +105,16 @@ def test_two_runs_are_equal_and_say_how(model, tokenizer, gsm8k, monkeypatch, tm
     ],
 )
 def test_answers_are_scored(model, tokenizer, gsm8k, monkeypatch, form, strict, flexible):
-    answers = gold(gsm8k)
+    answers = {row["question"]: row["answer"] for row in gsm8k.evaluated}
     answering(monkeypatch, lambda question: form.format(number=answers[question].rpartition("#### ")[2]))
-    metrics = exact_match(model, tokenizer, files=gsm8k, section=section(limit=5)).metrics
+    metrics = exact_match(model, tokenizer, rows=gsm8k, section=section(limit=5)).metrics
     assert metrics["gsm8k_exact_match_strict"] == strict
     assert metrics["gsm8k_exact_match_flexible"] == flexible
 
 
 def test_half_right_is_half(model, tokenizer, monkeypatch, small):
     answering(monkeypatch, lambda question: "#### 2" if "has 0 cats" in question else "#### 999")
-    metrics = exact_match(model, tokenizer, files=small, section=section(limit=2), name="cats").metrics
+    metrics = exact_match(model, tokenizer, rows=small, section=section(limit=2), name="cats").metrics
     assert metrics["cats_exact_match_strict"] == 0.5
     # Standard deviation of (1, 0) with one degree of freedom less, over the root of two.
     assert metrics["cats_exact_match_strict_stderr"] == pytest.approx(0.5)
@@ -140,7 +125,7 @@ def test_the_recipe_reaches_the_prompts_and_the_decoding(model, tokenizer, monke
     exact_match(
         model,
         tokenizer,
-        files=small,
+        rows=small,
         section=section(shots=3, limit=None, max_new_tokens=17, batch_size=5),
         name="cats",
     )
@@ -160,27 +145,27 @@ def test_the_recipe_reaches_the_prompts_and_the_decoding(model, tokenizer, monke
 def test_examples_differ_between_problems_and_not_between_runs(model, tokenizer, gsm8k, monkeypatch):
     seen = answering(monkeypatch, lambda question: "")
     for _ in range(2):
-        exact_match(model, tokenizer, files=gsm8k, section=section(shots=2, limit=3))
+        exact_match(model, tokenizer, rows=gsm8k, section=section(shots=2, limit=3))
     prompts = [prompt for prompt, *_ in seen]
     assert prompts[:3] == prompts[3:]
     assert len({prompt.partition("\n")[0] for prompt in prompts[:3]}) == 3
 
 
 def test_a_limit_beyond_the_problems_takes_all(model, tokenizer, small):
-    protocol = exact_match(model, tokenizer, files=small, section=section(limit=100), name="cats").protocol
-    assert (protocol["limit"], protocol["num_samples"], protocol["task"]) == (100, 3, "cats")
+    protocol = exact_match(model, tokenizer, rows=small, section=section(limit=100), name="cats").protocol
+    assert (protocol["limit"], protocol["num_samples"], protocol["task"]) == (100, 3, "gsm8k")
 
 
-def test_changed_rows_under_an_old_name_are_read_again(model, tokenizer, monkeypatch, small):
+def test_other_rows_are_not_taken_for_those_of_an_earlier_run(model, tokenizer, monkeypatch, small):
     answering(monkeypatch, lambda question: "#### 2")
-    before = exact_match(model, tokenizer, files=small, section=section(limit=1), name="cats")
-    write_jsonl(small.test, problems(3)[1:])
-    after = exact_match(model, tokenizer, files=small, section=section(limit=1), name="cats")
+    before = exact_match(model, tokenizer, rows=small, section=section(limit=1), name="cats")
+    later = TaskRows(small.evaluated[1:], small.examples)
+    after = exact_match(model, tokenizer, rows=later, section=section(limit=1), name="cats")
     assert (before.metrics["cats_exact_match_strict"], after.metrics["cats_exact_match_strict"]) == (1.0, 0.0)
 
 
 def test_one_problem_has_no_standard_error(model, tokenizer, small):
-    metrics = exact_match(model, tokenizer, files=small, section=section(limit=1, shots=0), name="cats").metrics
+    metrics = exact_match(model, tokenizer, rows=small, section=section(limit=1, shots=0), name="cats").metrics
     assert set(metrics) == {"cats_exact_match_strict", "cats_exact_match_flexible"}
 
 
@@ -189,7 +174,7 @@ def test_the_callers_tokenizer_and_logging_stay_as_they_are(model, tokenizer, sm
     logging.getLogger("lm_eval").setLevel(logging.INFO)
     try:
         with caplog.at_level(logging.INFO):
-            exact_match(model, tokenizer, files=small, section=section(), name="cats")
+            exact_match(model, tokenizer, rows=small, section=section(), name="cats")
         assert logging.getLogger("lm_eval").level == logging.INFO
     finally:
         logging.getLogger("lm_eval").setLevel(logging.NOTSET)
@@ -201,10 +186,10 @@ def test_the_callers_tokenizer_and_logging_stay_as_they_are(model, tokenizer, sm
 
 def test_prompts_that_do_not_fit_are_cut_counted_and_said(model, tokenizer, small, caplog):
     with caplog.at_level(logging.WARNING, logger="gisp_tasks"):
-        fitting = exact_match(model, tokenizer, files=small, section=section(), name="cats")
+        fitting = exact_match(model, tokenizer, rows=small, section=section(), name="cats")
         assert fitting.protocol["num_cut_prompts"] == 0
         assert not caplog.records
-        cut = exact_match(model, tokenizer, files=small, section=section(max_new_tokens=480), name="cats")
+        cut = exact_match(model, tokenizer, rows=small, section=section(max_new_tokens=480), name="cats")
     assert cut.protocol["num_cut_prompts"] == 2
     assert cut.protocol["context"] == 512
     assert "2 of 2 prompts were cut from the left" in caplog.text
@@ -212,37 +197,21 @@ def test_prompts_that_do_not_fit_are_cut_counted_and_said(model, tokenizer, smal
 
 def test_an_answer_longer_than_the_context_is_refused(model, tokenizer, small):
     with pytest.raises(InputError, match=r"max_new_tokens=512 .*context has 512 tokens"):
-        exact_match(model, tokenizer, files=small, section=section(max_new_tokens=512), name="cats")
+        exact_match(model, tokenizer, rows=small, section=section(max_new_tokens=512), name="cats")
 
 
 def test_more_shots_than_examples_are_refused(model, tokenizer, small):
-    with pytest.raises(InputError, match=r"shots=6 .* has 5\. Lower"):
-        exact_match(model, tokenizer, files=small, section=section(shots=6), name="cats")
+    with pytest.raises(InputError, match=r"shots=6 .* there are 5\. Lower"):
+        exact_match(model, tokenizer, rows=small, section=section(shots=6), name="cats")
 
 
-def not_parquet(folder):
-    (folder / "bad.parquet").write_bytes(b"not parquet at all")
-    return folder / "bad.parquet"
+def test_no_problem_at_all_is_refused(model, tokenizer, small):
+    with pytest.raises(InputError, match="no rows were found"):
+        exact_match(model, tokenizer, rows=TaskRows([], small.examples), section=section(), name="cats")
 
 
-def parquet_without_answers(folder):
-    pyarrow.parquet.write_table(pa.table({"question": ["a"], "reply": ["b"]}), folder / "bad.parquet")
-    return folder / "bad.parquet"
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda folder: folder / "absent.parquet", "no such file"),
-        (lambda folder: write_jsonl(folder / "bad.csv", [{"question": "a", "answer": "b"}]), r"not readable .*\.csv"),
-        (lambda folder: write_jsonl(folder / "bad.jsonl", [{"question": "a"}]), "1 texts are missing"),
-        (lambda folder: write_jsonl(folder / "bad.jsonl", [{"question": 3, "answer": "b"}]), "not readable"),
-        (lambda folder: write_jsonl(folder / "bad.jsonl", []), "not readable"),
-        (not_parquet, "not readable"),
-        (parquet_without_answers, "not readable .*answer"),
-    ],
-)
-def test_bad_files_are_refused(model, tokenizer, small, tmp_path, make, message):
-    files = ProblemFiles(train=small.train, test=make(tmp_path))
-    with pytest.raises(InputError, match=message):
-        exact_match(model, tokenizer, files=files, section=section(), name="cats")
+def test_without_shots_no_examples_are_needed(model, tokenizer, small, monkeypatch):
+    seen = answering(monkeypatch, lambda question: "")
+    protocol = exact_match(model, tokenizer, rows=TaskRows(small.evaluated), section=section(shots=0)).protocol
+    assert [prompt for prompt, *_ in seen] == [f"Question: {row['question']}\nAnswer:" for row in problems(2)]
+    assert (protocol["shots"], protocol["fewshot_seed"]) == (0, None)
