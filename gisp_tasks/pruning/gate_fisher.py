@@ -24,6 +24,7 @@ from gisp_tasks.pruning.families import FAMILIES
 from gisp_tasks.pruning.forward import batch_loss, batches, device_of, loss_scale, num_batches
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.structures import Geometry, KeepSets, LayerImportance
+from gisp_tasks.pruning.surgery import live_structures
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,12 @@ def gate_fisher(
     model.requires_grad_(False)
     layers = [int(layer) for layer in np.flatnonzero(~protected)]
     device = device_of(model)
-    sizes = {(layer, role): int(mask[layer].sum()) for layer in layers for role, mask in _masks(keep)}
-    sums = {key: torch.zeros(size, dtype=torch.float64, device=device) for key, size in sizes.items()}
+    live = {
+        (layer, role): mask
+        for layer in layers
+        for role, mask in zip(_GATES, live_structures(geometry, keep, layer), strict=True)
+    }
+    sums = {key: torch.zeros(len(mask), dtype=torch.float64, device=device) for key, mask in live.items()}
     scale, number_of_batches = loss_scale(calibration), num_batches(calibration, micro_batch)
     total = torch.zeros((), dtype=torch.float64, device=device)
     with _gates(model, geometry, sums, first_layer=layers[0]):
@@ -53,12 +58,9 @@ def gate_fisher(
     # Each row's loss is its share of a mean over S rows: (S x share)^2, averaged over S rows, leaves one factor S.
     factor = calibration.num_sequences / scale**2
     return float(total), {
-        layer: LayerImportance(*(sums[layer, role].cpu().numpy() * factor for role in _GATES)) for layer in layers
+        layer: LayerImportance(*(sums[layer, role].cpu().numpy()[live[layer, role]] * factor for role in _GATES))
+        for layer in layers
     }
-
-
-def _masks(keep: KeepSets) -> tuple[tuple[str, NDArray[np.bool_]], ...]:
-    return tuple(zip(_GATES, (keep.attention, keep.mlp), strict=True))
 
 
 @contextmanager
