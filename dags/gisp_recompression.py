@@ -17,7 +17,7 @@ from typing import Any
 from airflow.sdk import DAG, ExceptionRetryPolicy, Param, RetryAction, RetryRule, TaskGroup, task
 
 from gisp_tasks.errors import InputError, PermanentError
-from gisp_tasks.pruning.schedule import completing_steps, fused_steps
+from gisp_tasks.pruning.schedule import fused_steps, level_steps
 from gisp_tasks.recipe import Recipe
 from gisp_tasks.tasks.child import run_in_child
 
@@ -140,10 +140,9 @@ def recompression_dag(recipe: Recipe, source: Path) -> DAG:
         with TaskGroup(DENSE):
             dense = _evaluations(recipe, data, run, DENSE, None)
         orders = _steps(recipe, data, run, calibration)
-        after = completing_steps(recipe.pruning.levels, recipe.pruning.steps)
         ends = [
             _level(recipe, data, run, name, orders[step], dense)
-            for name, step in zip(recipe.level_names, after, strict=True)
+            for name, step in zip(recipe.level_names, level_steps(recipe), strict=True)
         ]
         finish = report(data, run)
         [*ends, *dense, orders[recipe.pruning.steps]] >> finish

@@ -103,7 +103,7 @@ def plan(
     from gisp_tasks.pruning.plan import make_plan
     from gisp_tasks.stores.model_source import read_config
 
-    made = make_plan(parsed, geometry_of(read_config(parsed.model)))
+    made = make_plan(parsed, geometry_of(read_config(parsed.model), granularity=parsed.importance.granularity))
     if as_json:
         sys.stdout.write(json.dumps(made.to_dict(), indent=1) + "\n")
         return

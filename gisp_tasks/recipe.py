@@ -21,6 +21,8 @@ FILE_DATASETS = ("tokens", "text", "items")
 ITEM_DATASETS = ("commonsense_qa", "items")
 # The tasks of `commonsense_qa`, in the order of the published calibration set.
 COMMONSENSE_TASKS = ("boolq", "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "winogrande", "piqa")
+# The published runs' (METHOD A4): of all structures, not of the parameters.
+REFERENCE_STRUCTURE_RATIO = 0.7
 Level = Annotated[float, Field(ge=0.001, le=0.99)]
 
 
@@ -101,10 +103,26 @@ class ImportanceSection(_Section):
     normaliser: Literal["elements", "reference"] = "elements"
     """`elements`: the structure's own number of scored weights (the paper's Algorithm 1); `reference`: 4 x head_dim
     x hidden for attention, 3 x intermediate for a channel (the published code)."""
-    granularity: Literal["kv_group"] = "kv_group"
-    """The attention structure: a key/value head with the query heads that share it."""
-    compat: Literal["default"] = "default"
-    """`default`: this project's method; every deviation from the paper is named in the manifest."""
+    granularity: Literal["kv_group", "head"] = "kv_group"
+    """The attention structure. `kv_group`: a key/value head with the query heads that share it. `head`: one query head
+    (the paper's); key/value heads that several share are then no structures, and a level is written by an exact
+    conversion that saves little before 20-30 % of the heads are gone."""
+    compat: Literal["default", "reference"] = "default"
+    """`default`: this project's method; every deviation from the reference code is named in the manifest. `reference`:
+    scores, schedule and selection of the published code, in float32, to be checked against it; sets `score: taylor`,
+    `normaliser: reference` and `granularity: head`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_reference(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("compat") != "reference":
+            return value
+        if value.get("score", "taylor") != "taylor":
+            raise ValueError(
+                f"score={value['score']} was asked with compat=reference, and the reference code has the first-order "
+                f"score only; use score: taylor, or compat: default"
+            )
+        return {**value, "score": "taylor", "normaliser": "reference", "granularity": "head"}
 
 
 class ProtectSection(_Section):
@@ -133,7 +151,11 @@ class PruningSection(_Section):
     levels: tuple[Level, ...] = Field(default=(0.2, 0.3, 0.4, 0.5), min_length=1, max_length=32)
     """Parameter sparsity of the decoder layers, one level each, rising."""
     steps: int = Field(default=30, ge=1, le=2000)
-    """K: scoring passes; the schedule is linear in parameter sparsity up to the last level."""
+    """K: scoring passes; the schedule is linear in parameter sparsity up to the last level, or under
+    `importance.compat: reference` linear in structures, from 0 to `structure_ratio`."""
+    structure_ratio: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Fraction of all heads and channels, protected layers included, that the last step takes the model to. Read only
+    under `importance.compat: reference`, where it is 0.7 unless set; levels are then cut from the finished order."""
     protect: ProtectSection = ProtectSection()
     width_multiple: int = Field(default=32, ge=1, le=4096)
     """MLP widths are rounded up to a multiple of this (32: fast kernels; 256: llama.cpp K-quants)."""
@@ -326,6 +348,35 @@ class Recipe(_Section):
             raise ValueError(
                 "publish.gate.max_perplexity_ratio is set, but the recipe has no text evaluation to measure it; "
                 "add evaluation.wikitext2 (or embedded_text), or set publish.gate.max_perplexity_ratio to null"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _structure_ratio_of_the_reference(cls, value: Any) -> Any:
+        """The default of a key that belongs to the compatibility mode alone."""
+        if not isinstance(value, dict):
+            return value
+        importance, pruning = value.get("importance"), value.get("pruning", {})
+        reference = isinstance(importance, dict) and importance.get("compat") == "reference"
+        if not reference or not isinstance(pruning, dict) or pruning.get("structure_ratio") is not None:
+            return value
+        return {**value, "pruning": {**pruning, "structure_ratio": REFERENCE_STRUCTURE_RATIO}}
+
+    @model_validator(mode="after")
+    def _compat_has_its_own_pruning(self) -> Self:
+        if self.importance.compat == "default":
+            if self.pruning.structure_ratio is not None:
+                raise ValueError(
+                    f"pruning.structure_ratio={self.pruning.structure_ratio:g} was set, but importance.compat=default "
+                    f"counts parameters, up to the last of pruning.levels; remove structure_ratio, or set "
+                    f"importance.compat: reference"
+                )
+        elif self.pruning.protect != ProtectSection():
+            raise ValueError(
+                "pruning.protect was changed, but importance.compat=reference protects the layers that the reference "
+                "code skips (the first tenth and the last) and keeps no minimum in the others; remove pruning.protect, "
+                "or set importance.compat: default"
             )
         return self
 

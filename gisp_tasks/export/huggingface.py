@@ -1,5 +1,8 @@
 """A level as a Hugging Face directory: dense sliced tensors under the ordinary names, a configuration by layer.
 
+Where single query heads were removed, rows of k and v may stand in a tensor several times, and places without a head
+are zero (`pruning.layout`).
+
 `per_layer_config` is transformers' own schema, but no stock model class builds layers of different sizes yet, so
 the directory carries a short modelling file (`export/modeling`), the same for every family, named in `auto_map`.
 """
@@ -12,13 +15,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gisp_tasks.errors import InputError
 from gisp_tasks.export.safetensors_stream import TensorPlan, shards, write_safetensors
-from gisp_tasks.pruning.families import ROWS, family_of, kept_positions
+from gisp_tasks.pruning.families import ROWS, family_of
+from gisp_tasks.pruning.layout import layer_layout
 from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.refs import canonical_json
 
@@ -80,7 +86,7 @@ def pruned_config(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets,
     """The configuration of a level: the base model's, with the sizes of each layer."""
     family = str(config["model_type"])
     title = "Pruned" + family.capitalize()
-    groups, widths = keep.attention.sum(axis=1), keep.mlp.sum(axis=1)
+    layouts = [layer_layout(geometry, keep, layer) for layer in range(geometry.num_layers)]
     return {
         **config,
         "model_type": f"pruned_{family}",
@@ -90,11 +96,11 @@ def pruned_config(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets,
         "dtype": dtype,
         "per_layer_config": {
             str(layer): {
-                "num_attention_heads": int(groups[layer]) * geometry.queries_per_group,
-                "num_key_value_heads": int(groups[layer]),
-                "intermediate_size": int(widths[layer]),
+                "num_attention_heads": len(layout.query_heads),
+                "num_key_value_heads": len(layout.kv_heads),
+                "intermediate_size": len(layout.channels),
             }
-            for layer in range(geometry.num_layers)
+            for layer, layout in enumerate(layouts)
         },
     }
 
@@ -156,16 +162,24 @@ def _planned_tensors(
         yield TensorPlan(
             name,
             sliced,
-            lambda name=name, axis=axis, index=index: source.tensor(name).index_select(axis, index),  # type: ignore[misc]
+            lambda name=name, axis=axis, index=index: _gathered(source.tensor(name), axis, index),  # type: ignore[misc]
         )
 
 
-def _cuts(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets) -> dict[str, tuple[int, torch.Tensor]]:
-    """Tensor name -> (axis, positions that stay), for weights and for the biases that follow rows."""
+def _gathered(tensor: torch.Tensor, axis: int, index: NDArray[np.int64]) -> torch.Tensor:
+    """The places ``index`` of ``tensor`` along ``axis``; zeros where it is negative."""
+    places = torch.from_numpy(index)
+    gathered = tensor.index_select(axis, places.clamp(min=0))
+    return gathered.index_fill_(axis, torch.nonzero(places < 0).flatten(), 0)
+
+
+def _cuts(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets) -> dict[str, tuple[int, NDArray[np.int64]]]:
+    """Tensor name -> (axis, dense position in each place), for weights and for the biases that follow rows."""
     cuts = {}
     for layer in range(geometry.num_layers):
+        layout = layer_layout(geometry, keep, layer)
         for projection in family_of(config).projections.values():
-            index = torch.from_numpy(kept_positions(geometry, keep, layer, projection.structure))
+            index = layout.positions(projection.structure)
             stem = f"model.layers.{layer}.{projection.path}"
             cuts[f"{stem}.weight"] = (projection.axis, index)
             if projection.axis == ROWS:

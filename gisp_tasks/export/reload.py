@@ -14,8 +14,10 @@ from gisp_tasks.errors import InputError, NumericsError
 from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.pruning.surgery import mask_model
 
-# EXPORT.md rule 4: expected float32 difference of logits up to 32 in size, for kv groups.
+# EXPORT.md rule 4: expected float32 difference of logits up to 32 in size, for whole kv groups and for heads that were
+# rearranged, so that sums run in another order.
 MAX_LOGIT_DIFFERENCE = 2e-4
+MAX_LOGIT_DIFFERENCE_REARRANGED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,18 @@ def prove_reload(
     sliced = load_model(level, dtype="float32", device="cpu", trust_remote_code=True)
     found, found_tokens = _logits_and_greedy(sliced, ids, greedy_tokens)
     difference = float((expected - found).abs().max())
+    tolerance = MAX_LOGIT_DIFFERENCE_REARRANGED if geometry.separate_heads else MAX_LOGIT_DIFFERENCE
     proof = ReloadProof(
         max_logit_difference=difference,
         greedy_equal=bool(torch.equal(expected_tokens, found_tokens)),
         greedy_tokens=greedy_tokens,
         num_tokens=len(prompt),
-        tolerance=MAX_LOGIT_DIFFERENCE,
+        tolerance=tolerance,
     )
-    if not difference <= MAX_LOGIT_DIFFERENCE:
+    if not difference <= tolerance:
         raise NumericsError(
             f"the exported level is not the masked base model: logits differ by {difference:.3g}, allowed is "
-            f"{MAX_LOGIT_DIFFERENCE:g}; the checkpoint was not published"
+            f"{tolerance:g}; the checkpoint was not published"
         )
     return proof
 

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gisp_tasks.pruning.families import FAMILIES, ROWS, kept_positions
+from gisp_tasks.pruning.families import FAMILIES, ROWS, kept_positions, projections_of
 from gisp_tasks.pruning.importance import normalised
 from gisp_tasks.pruning.layer_stream import LayerStream, Observer
 from gisp_tasks.pruning.objectives import CalibrationSet
@@ -98,7 +98,7 @@ def magnitude(model: nn.Module, geometry: Geometry, protected: NDArray[np.bool_]
     for layer in map(int, np.flatnonzero(~protected)):
         attention = np.zeros(everything.attention.shape[1])
         mlp = np.zeros(everything.mlp.shape[1])
-        for role, projection in FAMILIES[geometry.family].projections.items():
+        for role, projection in projections_of(geometry).items():
             sums = _weight(model, geometry, layer, role).abs().sum(dim=1 if projection.axis == ROWS else 0)
             if projection.structure == "channel":
                 mlp += sums.cpu().numpy()

@@ -108,8 +108,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def geometry_of(config: Mapping[str, Any]) -> Geometry:
+def geometry_of(config: Mapping[str, Any], *, granularity: str = "kv_group") -> Geometry:
     """The geometry that a ``config.json`` describes, with the defaults of transformers where it has no key.
+
+    Args:
+        config: of the model.
+        granularity: as in the recipe.
 
     Raises:
         InputError: unsupported architecture, a missing or impossible size, or query heads that kv heads do not divide.
@@ -139,6 +143,7 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
         mlp_bias="mlp_bias" in biases,
         norm_parameters=2 * hidden + (2 * head_dim if family.query_key_norms else 0),
         other_parameters=vocab * hidden + untied_head + hidden,
+        granularity=granularity,
     )
 
 
@@ -153,16 +158,25 @@ def _size(config: Mapping[str, Any], name: str, if_null: int | None = None) -> i
     return value
 
 
+def projections_of(geometry: Geometry) -> Mapping[str, Projection]:
+    """The projections, by role, that hold weights of structures: k and v do not where query heads go one by one."""
+    projections = FAMILIES[geometry.family].projections
+    if geometry.separate_heads:
+        return {role: projection for role, projection in projections.items() if projection.structure != "key_value"}
+    return projections
+
+
 def kept_positions(geometry: Geometry, keep: KeepSets, layer: int, structure: str) -> NDArray[np.int64]:
-    """Rows (or columns) of a projection that stay, rising.
+    """Rows (or columns) of a dense projection that a subnetwork uses, rising.
 
     Args:
         geometry: of the dense model.
         keep: the subnetwork.
         layer: which layer.
-        structure: as in `Projection`.
+        structure: as in `Projection`; of ``key_value``, heads of which no query head is left are not used.
     """
     if structure == "channel":
         return np.flatnonzero(keep.mlp[layer])
-    heads = geometry.queries_per_group if structure == "query" else 1
-    return np.flatnonzero(np.repeat(keep.attention[layer], heads * geometry.head_dim))
+    if structure == "query":
+        return np.flatnonzero(np.repeat(keep.attention[layer], geometry.queries_per_structure * geometry.head_dim))
+    return np.flatnonzero(np.repeat(geometry.query_heads_left(keep.attention[layer]) > 0, geometry.head_dim))

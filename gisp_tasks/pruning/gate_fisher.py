@@ -24,6 +24,7 @@ from gisp_tasks.pruning.families import FAMILIES
 from gisp_tasks.pruning.forward import backward_pass, device_of
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.structures import Geometry, KeepSets, LayerImportance
+from gisp_tasks.pruning.surgery import live_structures
 
 # The projections whose inputs are the structures' outputs.
 _GATES = ("o", "down")
@@ -37,19 +38,20 @@ def gate_fisher(
     model.requires_grad_(False)
     layers = [int(layer) for layer in np.flatnonzero(~protected)]
     device = device_of(model)
-    sizes = {(layer, role): int(mask[layer].sum()) for layer in layers for role, mask in _masks(keep)}
-    sums = {key: torch.zeros(size, dtype=torch.float64, device=device) for key, size in sizes.items()}
+    live = {
+        (layer, role): mask
+        for layer in layers
+        for role, mask in zip(_GATES, live_structures(geometry, keep, layer), strict=True)
+    }
+    sums = {key: torch.zeros(len(mask), dtype=torch.float64, device=device) for key, mask in live.items()}
     with _gates(model, geometry, sums):
         objective, scale = backward_pass(model, calibration, max_tokens)
     # A row's loss is its share of a mean over G rows: (G x share)^2, averaged over G rows, leaves one factor G.
     factor = calibration.num_groups / scale**2
     return objective, {
-        layer: LayerImportance(*(sums[layer, role].cpu().numpy() * factor for role in _GATES)) for layer in layers
+        layer: LayerImportance(*(sums[layer, role].cpu().numpy()[live[layer, role]] * factor for role in _GATES))
+        for layer in layers
     }
-
-
-def _masks(keep: KeepSets) -> tuple[tuple[str, NDArray[np.bool_]], ...]:
-    return tuple(zip(_GATES, (keep.attention, keep.mlp), strict=True))
 
 
 @contextmanager

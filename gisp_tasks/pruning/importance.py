@@ -121,9 +121,9 @@ def normalised(
 
 
 def normalisers(geometry: Geometry, normaliser: str) -> tuple[int, int]:
-    """What the importance of a kv group and of a channel is divided by (METHOD B5)."""
+    """What the importance of an attention structure and of a channel is divided by (METHOD B5)."""
     if normaliser == "elements":
-        return geometry.kv_group_elements, geometry.channel_elements
+        return geometry.attention_elements, geometry.channel_elements
     return 4 * geometry.head_dim * geometry.hidden_size, 3 * geometry.intermediate_size
 
 

@@ -1,14 +1,17 @@
 """What a recipe means for a model, before anything is loaded: steps, levels, sizes, memory, artefact names."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from gisp_tasks.errors import InputError
-from gisp_tasks.pruning.ranking import Limits, limits_of, smallest_model
-from gisp_tasks.pruning.schedule import completing_steps, step_targets
-from gisp_tasks.pruning.structures import Geometry
+from gisp_tasks.pruning.ranking import Limits, limits_of, next_removals, smallest_model
+from gisp_tasks.pruning.reference import check_ratio, structure_ratios, threshold_removals, without_minima
+from gisp_tasks.pruning.schedule import level_steps, step_targets
+from gisp_tasks.pruning.scores import StructureScores
+from gisp_tasks.pruning.structures import Geometry, Removals
 from gisp_tasks.recipe import Recipe, level_name
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,11 +39,26 @@ class LevelPlan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: the parameter sparsity to reach, and the levels it completes."""
+    """One step.
+
+    Args:
+        number: from 1.
+        target_sparsity: parameter sparsity to reach; None under ``compat: reference``.
+        structure_ratio: fraction of the structures to reach, under ``compat: reference``; else None.
+        completes: the levels that can be cut after it.
+    """
 
     number: int
-    target_sparsity: float
+    target_sparsity: float | None
+    structure_ratio: float | None
     completes: tuple[str, ...]
+
+    def removals(self, scores: StructureScores, removed: Removals, geometry: Geometry, limits: Limits) -> Removals:
+        """What the step removes, in order; the arguments and errors are those of `ranking.next_removals`."""
+        if self.structure_ratio is not None:
+            return threshold_removals(scores, removed, geometry, limits.protected, self.structure_ratio)
+        assert self.target_sparsity is not None
+        return next_removals(scores, removed, geometry, limits, self.target_sparsity)
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,8 @@ class Plan:
         compensation_bytes: estimate of the memory that least squares takes: weights, the hidden states between two
             layers, the Gram matrices of one layer and the solution of one projection. None: it is not asked for.
         scoring_flops: estimate of the operations of all scoring passes together; for items an upper bound, since
-            the prompt that candidates share is computed once.
+            the prompt that candidates share is computed once, and under ``compat: reference`` a fraction of the
+            structures is taken for the same fraction of the parameters.
     """
 
     geometry: Geometry
@@ -79,8 +98,8 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
     """Plan a run.
 
     Raises:
-        InputError: the levels cannot be reached with what the recipe protects, or the sequences are longer than
-            the model's context.
+        InputError: the levels or the structure ratio cannot be reached with what the recipe protects, or the
+            sequences are longer than the model's context.
     """
     limits = limits_of(recipe.pruning.protect, recipe.pruning.width_multiple, geometry.num_layers)
     _check_reach(recipe, geometry, limits)
@@ -93,22 +112,18 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
                 f"{name}.sequence_length={section.sequence_length} is more than the model's context of "
                 f"{geometry.max_positions} tokens; lower it"
             )
-    levels, targets = recipe.pruning.levels, step_targets(recipe.pruning.steps, recipe.pruning.levels[-1])
-    after = completing_steps(levels, recipe.pruning.steps)
     size = DTYPE_BYTES[recipe.model.dtype]
     dense = geometry.decoder_parameters + geometry.other_parameters
     level_plans = []
-    for sparsity, step in zip(levels, after, strict=True):
+    for sparsity, step in zip(recipe.pruning.levels, level_steps(recipe), strict=True):
         parameters = geometry.max_parameters(sparsity) + geometry.other_parameters
         level_plans.append(LevelPlan(level_name(sparsity), sparsity, parameters, parameters * size, step))
-    steps = tuple(
-        StepPlan(number, target, tuple(level.name for level in level_plans if level.after_step == number))
-        for number, target in enumerate(targets, 1)
-    )
+    fractions = _fractions(recipe)
+    steps = tuple(_step(recipe, number, fraction, level_plans) for number, fraction in enumerate(fractions, 1))
     tokens = recipe.calibration.sequences * recipe.calibration.sequence_length
     # A parameter and token: 2 forward, 2 for the gradient of activations, 2 for that of weights.
     operations = 6.0 if recipe.importance.score == "taylor" else 4.0
-    parameters_passed = dense * len(targets) - geometry.decoder_parameters * sum([0.0, *targets[:-1]])
+    parameters_passed = dense * len(steps) - geometry.decoder_parameters * sum([0.0, *fractions[:-1]])
     return Plan(
         geometry=geometry,
         dense_parameters=dense,
@@ -122,7 +137,25 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
     )
 
 
+def _fractions(recipe: Recipe) -> list[float]:
+    """What each step takes the model to: of its parameters, or under ``compat: reference`` of its structures."""
+    pruning = recipe.pruning
+    if pruning.structure_ratio is not None:
+        return structure_ratios(pruning.steps, pruning.structure_ratio)
+    return step_targets(pruning.steps, pruning.levels[-1])
+
+
+def _step(recipe: Recipe, number: int, fraction: float, levels: Sequence[LevelPlan]) -> StepPlan:
+    completes = tuple(level.name for level in levels if level.after_step == number)
+    if recipe.pruning.structure_ratio is not None:
+        return StepPlan(number, None, fraction, completes)
+    return StepPlan(number, fraction, None, completes)
+
+
 def _check_reach(recipe: Recipe, geometry: Geometry, limits: Limits) -> None:
+    if recipe.pruning.structure_ratio is not None:
+        check_ratio(geometry, limits, recipe.pruning.structure_ratio)
+        limits = without_minima(limits)
     reach = 1 - smallest_model(geometry, limits) / geometry.decoder_parameters
     last = recipe.pruning.levels[-1]
     if smallest_model(geometry, limits) > geometry.max_parameters(last):

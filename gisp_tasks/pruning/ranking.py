@@ -1,5 +1,6 @@
 """Scores to removals: global, exact, with protected layers, minima and a fixed order of ties."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,7 @@ from numpy.typing import NDArray
 
 from gisp_tasks.errors import InputError, NumericsError
 from gisp_tasks.pruning.scores import StructureScores
-from gisp_tasks.pruning.structures import Geometry, KeepSets, Kind, Removals, parameters_along
+from gisp_tasks.pruning.structures import BoolArray, Geometry, KeepSets, Kind, Removals, parameters_along
 from gisp_tasks.recipe import ProtectSection
 
 
@@ -17,7 +18,7 @@ class Limits:
 
     Args:
         protected: bool [L], layers of which nothing is removed.
-        min_kv_groups: groups that every layer keeps.
+        min_kv_groups: groups that every layer keeps, each with at least one query head.
         min_channels: channels that every layer keeps (all of them where a layer has fewer).
         width_multiple: rounding of MLP widths in the written model.
     """
@@ -51,8 +52,9 @@ def smallest_model(geometry: Geometry, limits: Limits) -> int:
     """Decoder parameters when everything that may go is gone, widths rounded."""
     width = min(limits.min_channels, geometry.intermediate_size)
     width = int(geometry.rounded_width(np.array([width]), limits.width_multiple)[0])
-    groups = min(limits.min_kv_groups, geometry.num_kv_groups)
-    freed = (geometry.num_kv_groups - groups) * geometry.kv_group_parameters
+    heads_left = np.zeros(geometry.num_kv_groups, dtype=np.int64)
+    heads_left[: limits.min_kv_groups] = geometry.queries_per_structure
+    freed = geometry.num_kv_groups * geometry.kv_group_parameters - int(geometry.attention_parameters(heads_left))
     freed += (geometry.intermediate_size - width) * geometry.channel_parameters
     return geometry.decoder_parameters - int((~limits.protected).sum()) * freed
 
@@ -75,11 +77,15 @@ def next_removals(
         InputError: the limits leave too little to remove.
     """
     keep = keep_sets(geometry, removed)
-    candidates = _candidates(scores.attention, keep.attention, Kind.ATTENTION, limits)
-    candidates = np.concatenate([candidates, _candidates(scores.mlp, keep.mlp, Kind.MLP, limits)], axis=0)
-    order = np.lexsort((candidates["index"], candidates["layer"], candidates["kind"], candidates["score"]))
-    ranked = candidates[order]
-    queue = Removals(*(ranked[name].astype(np.int64) for name in ("kind", "layer", "index")))
+    require_numbers(scores, keep, limits.protected)
+    per_group = geometry.num_attention_structures // geometry.num_kv_groups
+    queue = lowest_first(
+        scores,
+        KeepSets(
+            _removable(scores.attention, keep.attention, limits.protected, limits.min_kv_groups, per_group),
+            _removable(scores.mlp, keep.mlp, limits.protected, limits.min_channels),
+        ),
+    )
     parameters = parameters_along(geometry, removed.then(queue), limits.width_multiple)[len(removed) :]
     met = np.flatnonzero(parameters <= geometry.max_parameters(sparsity))
     if not len(met):
@@ -100,27 +106,54 @@ def keep_sets(geometry: Geometry, removed: Removals) -> KeepSets:
     return keep
 
 
-_CANDIDATE = np.dtype([("score", np.float64), ("kind", np.int64), ("layer", np.int64), ("index", np.int64)])
+def lowest_first(scores: StructureScores, chosen: KeepSets) -> Removals:
+    """The structures in ``chosen``, lowest score first; ties go by (kind, layer, index)."""
+    parts = []
+    for kind, table, mask in _by_kind(scores, chosen):
+        layers, indices = np.nonzero(mask)
+        values = table[layers, indices].astype(np.float64)
+        parts.append((values, np.full(len(layers), kind, dtype=np.int64), layers, indices))
+    values, kinds, layers, indices = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.lexsort((indices, layers, kinds, values))
+    return Removals(kinds[order], layers[order], indices[order])
 
 
-def _candidates(scores: NDArray[np.float32], keep: NDArray[np.bool_], kind: Kind, limits: Limits) -> NDArray[np.void]:
-    """Live structures of unprotected layers, less the best of each layer that its minimum keeps."""
-    minimum = limits.min_kv_groups if kind is Kind.ATTENTION else limits.min_channels
-    found = []
-    for layer in np.flatnonzero(~limits.protected):
+def require_numbers(scores: StructureScores, keep: KeepSets, protected: BoolArray) -> None:
+    """Refuse scores that are no numbers, of what is alive in the layers that are not ``protected`` [L].
+
+    Raises:
+        NumericsError: there are some.
+    """
+    for kind, table, mask in _by_kind(scores, keep):
+        bad = (np.isnan(table) & mask & ~protected[:, None]).sum(axis=1)
+        for layer in np.flatnonzero(bad):
+            raise NumericsError(f"layer {layer} has {bad[layer]} {kind.name} scores that are no number")
+
+
+def _by_kind(scores: StructureScores, sets: KeepSets) -> Iterator[tuple[Kind, NDArray[np.float32], BoolArray]]:
+    yield Kind.ATTENTION, scores.attention, sets.attention
+    yield Kind.MLP, scores.mlp, sets.mlp
+
+
+def _removable(
+    scores: NDArray[np.float32], keep: BoolArray, protected: BoolArray, minimum: int, per_group: int = 1
+) -> BoolArray:
+    """Live structures of unprotected layers, less the best one of each of the ``minimum`` best groups of a layer.
+
+    Args:
+        scores: of one kind of structure, [L, n].
+        keep: what is alive, [L, n].
+        protected: layers, [L].
+        minimum: groups that each layer keeps.
+        per_group: consecutive structures that make a group.
+    """
+    removable = keep & ~protected[:, None]
+    for layer in np.flatnonzero(~protected):
         alive = np.flatnonzero(keep[layer])
-        values = scores[layer, alive]
-        if np.isnan(values).any():
-            raise NumericsError(
-                f"layer {layer} has {int(np.isnan(values).sum())} {kind.name} scores that are no number"
-            )
-        ascending = np.lexsort((alive, values))
-        removable = ascending[: max(0, len(alive) - minimum)]
-        part = np.empty(len(removable), dtype=_CANDIDATE)
-        part["score"], part["kind"] = values[removable], kind
-        part["layer"], part["index"] = layer, alive[removable]
-        found.append(part)
-    return np.concatenate(found)
+        best_first = alive[np.lexsort((alive, scores[layer, alive]))[::-1]]
+        _, first_of_group = np.unique(best_first // per_group, return_index=True)
+        removable[layer, best_first[np.sort(first_of_group)[:minimum]]] = False
+    return removable
 
 
 def _layers(asked: float, num_layers: int) -> int:

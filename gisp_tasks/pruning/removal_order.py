@@ -55,7 +55,8 @@ class RemovalOrder:
         """The keep-sets of a level: the shortest prefix of the order whose written model meets ``sparsity``.
 
         MLP widths are rounded up to ``width_multiple`` by giving back the channels that were removed last in
-        their layer, so levels stay nested.
+        their layer, so levels stay nested. A layer whose MLP was emptied stays empty: it is written with dead
+        channels.
 
         Raises:
             InputError: the order does not reach that far.
@@ -66,18 +67,20 @@ class RemovalOrder:
             reach = 1 - parameters[-1] / geometry.decoder_parameters
             raise InputError(
                 f"a level of sparsity {sparsity:g} was asked, but this removal order ends at {reach:.4g} "
-                f"(width_multiple {width_multiple}); ask for less, or prune further"
+                f"(width_multiple {width_multiple}); ask for less, or prune further (under "
+                f"importance.compat: reference, raise pruning.structure_ratio)"
             )
-        prefix = self.removals.prefix(int(met[0]))
-        keep = keep_sets(geometry, prefix)
-        _fill_up(keep.mlp, prefix, geometry, width_multiple)
-        return keep
+        return _written(geometry, self.removals.prefix(int(met[0])), width_multiple)
+
+    def written(self, geometry: Geometry, width_multiple: int) -> KeepSets:
+        """The keep-sets at the order's end, MLP widths rounded up as in `level`."""
+        return _written(geometry, self.removals, width_multiple)
 
     def save(self, path: Path, geometry: Geometry, metadata: dict[str, str]) -> None:
         """Write ``removal_order.safetensors``: step and rank by structure, -1 = kept."""
         tensors: dict[str, NDArray[np.generic]] = {}
         shapes = {
-            Kind.ATTENTION: (geometry.num_layers, geometry.num_kv_groups),
+            Kind.ATTENTION: (geometry.num_layers, geometry.num_attention_structures),
             Kind.MLP: (geometry.num_layers, geometry.intermediate_size),
         }
         for kind, shape in shapes.items():
@@ -122,12 +125,15 @@ def _removed(kind: Kind, file: Any) -> NDArray[np.int64]:
     return np.stack([rank[layers, indices], step[layers, indices], kinds, layers, indices]).astype(np.int64)
 
 
-def _fill_up(mlp: NDArray[np.bool_], removed: Removals, geometry: Geometry, width_multiple: int) -> None:
-    """Give channels back to ``mlp`` [L, F], last removed first, until each width is rounded up."""
-    widths = mlp.sum(axis=1)
-    missing = geometry.rounded_width(widths, width_multiple) - widths
+def _written(geometry: Geometry, removed: Removals, width_multiple: int) -> KeepSets:
+    """What is left after ``removed``, with channels given back, last removed first, until widths are rounded up."""
+    keep = keep_sets(geometry, removed)
+    widths = keep.mlp.sum(axis=1)
+    missing = np.where(widths > 0, geometry.rounded_width(widths, width_multiple) - widths, 0)
     for position in np.flatnonzero(removed.kinds == Kind.MLP)[::-1]:
         layer = removed.layers[position]
         if missing[layer]:
-            mlp[layer, removed.indices[position]] = True
+            keep.mlp[layer, removed.indices[position]] = True
             missing[layer] -= 1
+    dead_width = int(geometry.rounded_width(np.zeros(1, dtype=np.int64), width_multiple)[0])
+    return KeepSets(keep.attention, keep.mlp, dead_width)

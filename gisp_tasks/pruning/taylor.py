@@ -4,10 +4,9 @@
 
 with L the objective over the WHOLE set and the absolute value taken once, after the sum (paper, Algorithm 1;
 METHOD A2, B2). Deviations from the reference code: gradients accumulate in float32 whatever the weights' type,
-are taken for scored weights only, and under grouped-query attention the structure is the whole kv group, with its
-k and v rows.
-
-Shape legend: K' kv groups and F' channels that a layer still has.
+are taken for scored weights only, and under grouped-query attention the structure of granularity ``kv_group`` is the
+whole group, with its k and v rows. Of granularity ``head`` it is the reference's: q rows and o columns of one query
+head, with its k and v rows where no other query head shares them.
 """
 
 from collections.abc import Callable
@@ -17,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gisp_tasks.pruning.families import FAMILIES, ROWS, Projection
+from gisp_tasks.pruning.families import ROWS, Projection, projections_of
 from gisp_tasks.pruning.forward import backward_pass
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.structures import Geometry, KeepSets, LayerImportance
+from gisp_tasks.pruning.surgery import live_structures
 
 ScoredWeights = dict[tuple[int, str], nn.Parameter]
 
@@ -34,16 +34,16 @@ def taylor(
     objective, gradients = accumulate(model, weights, calibration, max_tokens)
     found = {}
     for layer in np.flatnonzero(~protected):
-        groups, channels = int(keep.attention[layer].sum()), int(keep.mlp[layer].sum())
-        attention, mlp = np.zeros(groups), np.zeros(channels)
-        for role, projection in FAMILIES[geometry.family].projections.items():
+        live_attention, live_mlp = live_structures(geometry, keep, int(layer))
+        attention, mlp = np.zeros(len(live_attention)), np.zeros(len(live_mlp))
+        for role, projection in projections_of(geometry).items():
             key = (int(layer), role)
             sums = _sum_by_structure(weights[key], gradients[key], projection)
             if projection.structure == "channel":
                 mlp += sums
             else:
-                attention += sums.reshape(groups, -1).sum(axis=1)
-        found[int(layer)] = LayerImportance(attention, mlp)
+                attention += sums.reshape(len(attention), -1).sum(axis=1)
+        found[int(layer)] = LayerImportance(attention[live_attention], mlp[live_mlp])
     return objective, found
 
 
@@ -52,7 +52,7 @@ def scored_weights(model: nn.Module, geometry: Geometry, protected: NDArray[np.b
     model.requires_grad_(False)
     found: ScoredWeights = {}
     for layer in np.flatnonzero(~protected):
-        for role, projection in FAMILIES[geometry.family].projections.items():
+        for role, projection in projections_of(geometry).items():
             weight = model.get_parameter(f"model.layers.{layer}.{projection.path}.weight")
             weight.requires_grad_(True)
             found[int(layer), role] = weight

@@ -12,6 +12,7 @@ from typing import Any
 
 from gisp_tasks import __version__
 from gisp_tasks.errors import IntegrityError
+from gisp_tasks.recipe import Recipe
 from gisp_tasks.refs import canonical_json, sha256_bytes
 
 FORMAT_VERSION = 1
@@ -20,18 +21,45 @@ _PACKAGES = (
     *("numpy", "boto3", "mlflow", "pydantic", "huggingface-hub"),
 )
 
-DEVIATIONS = (
-    "Scores accumulate in float32 whatever the weights' type (the reference code: the weights' type).",
-    "Gradients are taken for scored weights only (the reference code: for all parameters).",
-    "The attention structure is the kv group with its k and v rows (the reference code: query heads, q and o only).",
-    "The schedule is linear in parameter sparsity (the reference code: linear in structures, first value 0).",
-    "The count of removals is exact, ties go by kind, layer and index (the reference code: a threshold, ties all go).",
-    "The model is sliced between steps (the reference code: masked at its dense size).",
-    "Margin: each candidate counts by its own token mean (the reference code: the mean over a batch's answer tokens).",
-    "Margin: prompts are lm-eval's, and WinoGrande's labels are read (the reference code: its own; always option 2).",
-    "MLP widths of a level are rounded up, filled with the channels removed last (the reference code: no export).",
-)
-"""Where the default method differs from the published reference code."""
+
+def deviations(recipe: Recipe) -> list[str]:
+    """Where what a recipe asks for differs from the published reference code, one sentence each."""
+    importance = recipe.importance
+    found = [
+        "Scores accumulate in float32 whatever the weights' type (the reference code: the weights' type).",
+        "Gradients are taken for scored weights only (the reference code: for all parameters).",
+        "The model is sliced between steps (the reference code: masked at its dense size).",
+        "MLP widths of a level are rounded up, filled with the channels removed last (the reference code: no export).",
+    ]
+    if importance.granularity == "kv_group":
+        found.append(
+            "The attention structure is the kv group with its k and v rows (the reference code: the query head, with "
+            "q and o only where heads share k and v)."
+        )
+    else:
+        found.append(
+            "Query heads that share a key/value head are written as copies of it, each with as many query heads, some "
+            "dead: below 20-30 % of the heads this saves almost nothing (the reference code: masks only)."
+        )
+    if importance.score == "gate_fisher":
+        found.append("The score is the empirical Fisher information of a gate (the reference code: first-order).")
+    if importance.normaliser == "elements":
+        found.append(
+            "A score is divided by the structure's scored weights (the reference code: 4 x head_dim x hidden for a "
+            "head, 3 x intermediate for a channel)."
+        )
+    if importance.compat == "default":
+        found += [
+            "The schedule is linear in parameter sparsity (the reference code: linear in structures, first value 0).",
+            "The count of removals is exact, ties go by kind, layer, index (the reference code: all ties go).",
+            "Every layer keeps a minimum of kv groups and channels (the reference code: none).",
+        ]
+    if recipe.objective == "margin":
+        found += [
+            "Margin: each candidate counts by its own token mean (the reference code: mean over a batch).",
+            "Margin: prompts are lm-eval's, WinoGrande's labels are read (the reference code: its own, option 2).",
+        ]
+    return found
 
 
 def environment() -> dict[str, Any]:

@@ -116,11 +116,11 @@ def materialize_from_order(
         raise InputError(f"--order {order}: no such file; give the removal_order.safetensors of a run")
     dtypes = ", ".join(DTYPE_BYTES)
     record = model_source.resolve(ModelSection(source=model))
-    geometry = geometry_of(record["config"])
+    removal_order, metadata = RemovalOrder.load(order)
+    geometry = geometry_of(record["config"], granularity=metadata["granularity"])
     written_dtype = dtype or record["config"].get("dtype") or record["config"].get("torch_dtype") or "float32"
     if written_dtype not in DTYPE_BYTES:
         raise InputError(f"--dtype {written_dtype}: not a type of weights that is written; allowed are {dtypes}")
-    removal_order, metadata = RemovalOrder.load(order)
     if json.loads(metadata["geometry"]) != asdict(geometry):
         raise InputError(
             f"--order {order} was made from {metadata['base_source']}, whose sizes differ from those of {model}; "

@@ -3,7 +3,6 @@
 import logging
 
 from gisp_tasks.pruning.plan import Keys
-from gisp_tasks.pruning.ranking import next_removals
 from gisp_tasks.pruning.removal_order import RemovalOrder
 from gisp_tasks.pruning.scores import StructureScores
 from gisp_tasks.refs import ArtifactRef
@@ -33,17 +32,14 @@ def extend(run: Run, step: int, order: RemovalOrder, scores: ArtifactRef) -> tup
     """Remove what a step removes, publish the longer order, and log the step's metrics."""
     with scratch() as directory:
         structure_scores, facts = StructureScores.load(run.store.fetch(scores, directory / "scores.safetensors"))
-        target = run.plan.steps[step - 1].target_sparsity
-        removals = next_removals(structure_scores, order.removals, run.geometry, run.limits, target)
+        removals = run.plan.steps[step - 1].removals(structure_scores, order.removals, run.geometry, run.limits)
         longer = order.extend(removals, step)
         path = directory / "removal_order.safetensors"
         longer.save(path, run.geometry, run.order_metadata)
         if step == len(run.plan.steps):
             run.store.put(Keys.ORDER, path)
         ref = run.store.put(Keys.step(step, "removal_order.safetensors"), path)
-    sparsity = run.geometry.sparsity_of(
-        longer.level(target, geometry=run.geometry, width_multiple=run.limits.width_multiple)
-    )
+    sparsity = run.geometry.sparsity_of(longer.written(run.geometry, run.limits.width_multiple))
     logger.info("Step %d: %d structures removed, parameter sparsity %.4f", step, len(removals), sparsity)
     metrics = {"objective": facts["objective"], "removed_structures": len(removals), "param_sparsity": sparsity}
     log_metrics(run, {f"step.{name}": value for name, value in metrics.items()}, step=step)

@@ -9,7 +9,7 @@ from gisp_tasks.pruning.removal_order import RemovalOrder
 from gisp_tasks.pruning.scores import StructureScores
 from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.report import render
-from gisp_tasks.stores.manifest import DEVIATIONS, environment, seal
+from gisp_tasks.stores.manifest import deviations, environment, seal
 from gisp_tasks.tasks.gate import gate_metric
 from gisp_tasks.tasks.runtime import Json, Run, scratch
 from gisp_tasks.tasks.tracking import connect
@@ -75,7 +75,7 @@ def _content(run: Run) -> Json:
         "removal_order": {"key": Keys.ORDER, "sha256": _digest(run, Keys.ORDER)},
         "levels": levels,
         "environment": environment(),
-        "deviations": list(DEVIATIONS),
+        "deviations": deviations(run.recipe),
     }
 
 
@@ -112,6 +112,7 @@ def _step_record(run: Run, number: int) -> Json:
     return {
         "number": number,
         "target_sparsity": plan.target_sparsity,
+        "structure_ratio": plan.structure_ratio,
         "completes": list(plan.completes),
         "objective": facts["objective"],
         "micro_batch_tokens": facts["micro_batch_tokens"],

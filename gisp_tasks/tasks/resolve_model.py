@@ -45,7 +45,7 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
         registry.check_source(parsed.publish.store)
         registry.check()
     model = model_source.resolve(parsed.model)
-    plan = make_plan(parsed, geometry_of(model["config"]))
+    plan = make_plan(parsed, geometry_of(model["config"], granularity=parsed.importance.granularity))
     directory = model_source.locate(model)
     calibration = build_calibration(parsed, parsed.calibration, directory, model)
     compensation = _compensation_data(parsed, directory, model, calibration)

@@ -58,7 +58,7 @@ class Run:
     @cached_property
     def geometry(self) -> Geometry:
         """Of the dense model."""
-        return geometry_of(self.model["config"])
+        return geometry_of(self.model["config"], granularity=self.recipe.importance.granularity)
 
     @cached_property
     def plan(self) -> Plan:

@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 
+from gisp_tasks.pruning.layout import layer_layout
 from gisp_tasks.pruning.plan import DENSE, DTYPE_BYTES, Keys
 from gisp_tasks.pruning.structures import KeepSets
 from gisp_tasks.refs import ArtifactRef, canonical_json, sha256_bytes
@@ -44,28 +45,31 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
             if not name.startswith("model/"):
                 ref = this.store.put(Keys.level(level, name), path)
                 package[name] = {"sha256": ref.sha256, "size": ref.size}
+    geometry = this.geometry
     keep = load_order(this, ArtifactRef.from_dict(order)).level(
-        plan.sparsity, geometry=this.geometry, width_multiple=this.limits.width_multiple
+        plan.sparsity, geometry=geometry, width_multiple=this.limits.width_multiple
     )
+    layouts = [layer_layout(geometry, keep, layer) for layer in range(geometry.num_layers)]
     evaluation_ref = this.publish_json(Keys.level(level, "evaluation.json"), evaluation)
     this.store.verify_directory(Keys.level(level, "model"))
-    parameters = this.geometry.parameters_of(keep) + this.geometry.other_parameters
+    parameters = geometry.parameters_of(keep) + geometry.other_parameters
     record = {
         "name": level,
         "target_sparsity": plan.sparsity,
-        "param_sparsity": this.geometry.sparsity_of(keep),
+        "param_sparsity": geometry.sparsity_of(keep),
         "parameters": parameters,
         "weight_bytes": parameters * DTYPE_BYTES[this.recipe.model.dtype],
         "bytes": model_ref.size,
-        "kv_groups": [int(count) for count in keep.attention.sum(axis=1)],
-        "channels": [int(count) for count in keep.mlp.sum(axis=1)],
+        "query_heads": [len(layout.query_heads) for layout in layouts],
+        "kv_groups": [len(layout.kv_heads) for layout in layouts],
+        "channels": [len(layout.channels) for layout in layouts],
         "keep_set_sha256": keep_set_digest(keep),
         "compensation": _compensation(this, level),
         "model": {"key": Keys.level(level, "model"), "sha256": model_ref.sha256, "size": model_ref.size},
         "package": package,
         "evaluation": {"sha256": evaluation_ref.sha256, "metrics": evaluation["metrics"]},
         "reload": this.read_json(Keys.level(level, "reload.json")),
-        "gate": judge(this.recipe, this.geometry, evaluation["metrics"], dense["metrics"]),
+        "gate": judge(this.recipe, geometry, evaluation["metrics"], dense["metrics"]),
     }
     ref = this.store.put_bytes(Keys.level(level, "level.json"), canonical_json(record))
     log_metrics(this, {f"level.{name}": value for name, value in evaluation["metrics"].items()},

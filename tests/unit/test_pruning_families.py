@@ -153,10 +153,10 @@ def test_costs_of_families():
 
 def test_costs_of_structures():
     plain = geometry_of(CONFIG)
-    assert plain.kv_group_elements == plain.kv_group_parameters == (2 + 2) * 10 * 24 + 2 * 10 * 24
+    assert plain.attention_elements == plain.kv_group_parameters == (2 + 2) * 10 * 24 + 2 * 10 * 24
     assert plain.channel_elements == plain.channel_parameters == 3 * 24
     biased = geometry_of({**CONFIG, "attention_bias": True, "mlp_bias": True})
-    assert biased.kv_group_elements == plain.kv_group_elements, "biases are not scored"
+    assert biased.attention_elements == plain.attention_elements, "biases are not scored"
     assert biased.kv_group_parameters == plain.kv_group_parameters + (2 + 1 + 1) * 10
     assert biased.channel_parameters == plain.channel_parameters + 2
     assert biased.layer_overhead == 2 * 24 + 24 + 24
@@ -195,7 +195,7 @@ def test_max_parameters_forgives_a_rounding_error_of_the_fraction_only():
 
 @pytest.mark.parametrize(
     ("multiple", "channels", "expected"),
-    [(1, [0, 7, 20], [0, 7, 20]), (8, [1, 8, 9, 17, 20], [8, 8, 16, 20, 20]), (32, [0, 1, 20], [0, 20, 20])],
+    [(1, [0, 1, 7, 20], [1, 1, 7, 20]), (8, [1, 8, 9, 17, 20], [8, 8, 16, 20, 20]), (32, [0, 1, 20], [20, 20, 20])],
 )
-def test_widths_round_up_and_never_above_the_dense_one(multiple, channels, expected):
+def test_widths_round_up_never_above_the_dense_one_and_never_to_none(multiple, channels, expected):
     assert geometry_of(CONFIG).rounded_width(np.array(channels), multiple).tolist() == expected
