@@ -48,6 +48,11 @@ def deviations(recipe: Recipe) -> list[str]:
             "A score is divided by the structure's scored weights (the reference code: 4 x head_dim x hidden for a "
             "head, 3 x intermediate for a channel)."
         )
+    if recipe.pruning.compensation == "least_squares":
+        found.append(
+            "o and down of every level are solved anew by least squares on the dense model's inputs, so levels share "
+            "no weights there (the reference code: kept weights stay as they are)."
+        )
     if importance.compat == "default":
         found += [
             "The schedule is linear in parameter sparsity (the reference code: linear in structures, first value 0).",

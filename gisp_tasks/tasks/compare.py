@@ -19,12 +19,11 @@ from gisp_tasks.data import calibration as calibration_data
 from gisp_tasks.errors import InputError
 from gisp_tasks.pruning.families import geometry_of
 from gisp_tasks.pruning.objectives import CalibrationSet
-from gisp_tasks.pruning.plan import make_plan
+from gisp_tasks.pruning.plan import Plan, make_plan
 from gisp_tasks.pruning.ranking import limits_of, next_removals
 from gisp_tasks.pruning.removal_order import RemovalOrder
-from gisp_tasks.pruning.schedule import step_targets
 from gisp_tasks.pruning.scores import StructureScores
-from gisp_tasks.pruning.structures import KeepSets
+from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.recipe import CalibrationSection, Recipe, level_name
 from gisp_tasks.refs import canonical_json, sha256_bytes
 from gisp_tasks.stores import model_source
@@ -104,7 +103,7 @@ class _Bench:
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.recipe = recipe
         self.model = model_source.resolve(recipe.model)
-        self.geometry = geometry_of(self.model["config"])
+        self.geometry = geometry_of(self.model["config"], granularity=recipe.importance.granularity)
         self.plan = make_plan(recipe, self.geometry)
         pruning = recipe.pruning
         self.limits = limits_of(pruning.protect, pruning.width_multiple, self.geometry.num_layers)
@@ -242,13 +241,13 @@ class _Seed:
             bench.limits.protected, recipe.importance.normaliser, bench.plan.micro_batch_tokens, score=score
         )
         order, first = RemovalOrder.empty(), None
-        for step, target in enumerate(step_targets(steps or recipe.pruning.steps, recipe.pruning.levels[-1]), 1):
+        for step in bench.plan.steps if steps is None else _with_steps(recipe, steps, bench.geometry).steps:
             keep = order.keep_sets(bench.geometry)
             slice_model(model, bench.geometry, now=held, wanted=keep)
             held = keep
             scores = importance.score(model, keep, bench.geometry, self._calibration, settings).scores
             first = first or scores
-            order = order.extend(next_removals(scores, order.removals, bench.geometry, bench.limits, target), step)
+            order = order.extend(step.removals(scores, order.removals, bench.geometry, bench.limits), step.number)
         assert first is not None, "a schedule has at least one step"
         return order, first
 
@@ -302,6 +301,12 @@ class _Seed:
             "channels": int(np.count_nonzero(keep.mlp)),
             **measured,
         }
+
+
+def _with_steps(recipe: Recipe, steps: int, geometry: Geometry) -> Plan:
+    """The plan of the same recipe with another number of steps."""
+    pruning = recipe.pruning.model_copy(update={"steps": steps})
+    return make_plan(recipe.model_copy(update={"pruning": pruning}), geometry)
 
 
 def _set_bias(model: Any, name: str, bias: Any) -> None:
