@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+from gisp_tasks.cli import app
 
 
 def _gisp(*arguments: str, data: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -111,3 +114,8 @@ def test_the_wrong_data_set_is_refused_before_anything_is_written(recipe: Path, 
     done = _gisp(*arguments, data=testdata / "data", status=2)
     assert "objective=perplexity would teach the wrong answers" in done.stderr
     assert not (recipe.parent / "out" / "runs").exists()
+
+
+def test_the_plan_speaks_of_items_and_their_budget(recipe: Path) -> None:
+    said = " ".join(CliRunner().invoke(app, ["plan", str(recipe)]).output.split())
+    assert "scoring: items within a budget of 14,000 tokens, 2,048 tokens at once, about " in said

@@ -91,3 +91,25 @@ def test_the_order_of_items_changes_no_weight():
 def test_an_item_that_compares_nothing_is_refused(broken, message):
     with pytest.raises(InputError, match=message):
         margin([item(1, 1, 1), broken])
+
+
+# ---- groups ----
+
+
+def test_candidates_of_an_item_are_one_group_and_sequences_are_one_each():
+    assert margin([item(2, 3, 1, 2), item(1, 1, 4)]).groups.tolist() == [0, 0, 0, 1, 1]
+    assert margin([item(2, 3, 1, 2), item(1, 1, 4)]).num_groups == 2
+    assert perplexity(sequences(5, 2, 9)).groups.tolist() == [0, 1, 2]
+    assert perplexity([]).num_groups == 0
+
+
+@pytest.mark.parametrize(("max_tokens", "kept"), [(1, 1), (12, 1), (13, 2), (19, 2), (20, 3), (99, 3)])
+def test_leading_groups_are_whole_and_weigh_as_all(max_tokens: int, kept: int):
+    items = [item(2, 3, 1), item(1, 1, 2), item(2, 1, 2)]  # of 8, 5 and 7 tokens
+    found, whole = margin(items).leading(max_tokens), margin(items)
+    assert found.num_groups == kept
+    assert found.num_sequences == 2 * kept
+    num_tokens = sum((8, 5, 7)[:kept])
+    np.testing.assert_array_equal(found.tokens, whole.tokens[:num_tokens])
+    np.testing.assert_array_equal(found.spans, whole.spans[: 2 * kept])
+    np.testing.assert_allclose(found.weights, margin(items[:kept]).weights)
