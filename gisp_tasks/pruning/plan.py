@@ -153,17 +153,22 @@ def _step(recipe: Recipe, number: int, fraction: float, levels: Sequence[LevelPl
 
 
 def _check_reach(recipe: Recipe, geometry: Geometry, limits: Limits) -> None:
+    kept = f"{int(limits.protected.sum())} of {geometry.num_layers} layers"
     if recipe.pruning.structure_ratio is not None:
         check_ratio(geometry, limits, recipe.pruning.structure_ratio)
         limits = without_minima(limits)
-    reach = 1 - smallest_model(geometry, limits) / geometry.decoder_parameters
-    last = recipe.pruning.levels[-1]
-    if smallest_model(geometry, limits) > geometry.max_parameters(last):
+        found, advice = f"importance.compat: reference skips {kept}", "lower the level"
+    else:
+        found = (
+            f"pruning.protect keeps {kept}, {limits.min_kv_groups} kv groups and {limits.min_channels} channels a layer"
+        )
+        advice = "lower the level or protect less"
+    smallest, last = smallest_model(geometry, limits), recipe.pruning.levels[-1]
+    if smallest > geometry.max_parameters(last):
+        reach = np.floor((1 - smallest / geometry.decoder_parameters) * 1000) / 1000
         raise InputError(
-            f"pruning.levels[{len(recipe.pruning.levels) - 1}]={last:g} was asked, but pruning.protect keeps "
-            f"{int(limits.protected.sum())} of {geometry.num_layers} layers, {limits.min_kv_groups} kv groups and "
-            f"{limits.min_channels} channels a layer, which leaves at most {np.floor(reach * 1000) / 1000:g}; lower "
-            f"the level or protect less"
+            f"pruning.levels[{len(recipe.pruning.levels) - 1}]={last:g} was asked, but {found}, which leaves at most "
+            f"{reach:g}; {advice}"
         )
 
 

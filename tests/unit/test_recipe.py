@@ -426,3 +426,60 @@ def test_the_store_replaces_that_of_the_file(load):
     assert load(without, store="file:///srv/gisp").publish.store == "file:///srv/gisp"
     with pytest.raises(InputError, match="publish is 'nothing' in the recipe, and a mapping was expected"):
         load(BASE | {"publish": "nothing"}, store="file:///srv/gisp")
+
+
+# The reference's own way
+
+
+def test_compat_shows_what_the_reference_does():
+    recipe = parse(importance={"compat": "reference"})
+    assert recipe.importance.model_dump() == {
+        "score": "taylor",
+        "normaliser": "reference",
+        "granularity": "head",
+        "compat": "reference",
+    }
+    assert recipe.pruning.structure_ratio == 0.7
+    assert Recipe.parse(json.loads(recipe.to_json())) == recipe
+    asked = parse(
+        importance={"compat": "reference", "normaliser": "elements", "granularity": "kv_group"},
+        pruning={"structure_ratio": 0.25, "protect": {"first_layers": 0.1}},
+    )
+    assert asked.importance == recipe.importance
+    assert asked.pruning.structure_ratio == 0.25
+
+
+def test_compat_can_be_set_on_a_recipe_that_says_otherwise(load):
+    importance = {"score": "taylor", "normaliser": "elements", "granularity": "kv_group", "compat": "default"}
+    recipe = load(BASE | {"importance": importance}, "importance.compat=reference", "pruning.steps=4")
+    assert (recipe.importance.normaliser, recipe.pruning.steps, recipe.pruning.structure_ratio) == ("reference", 4, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"importance": {"compat": "reference", "score": "gate_fisher"}}, "has the first-order score only"),
+        ({"importance": {"compat": "reference", "scores": "taylor"}}, "scores: unknown key"),
+        (
+            {"importance": {"compat": "reference"}, "pruning": {"protect": {"first_layers": 0.2}}},
+            "pruning.protect was changed",
+        ),
+        (
+            {"importance": {"compat": "reference"}, "pruning": {"protect": {"min_channels": 8}}},
+            "pruning.protect was changed",
+        ),
+        ({"importance": {"compat": "reference"}, "pruning": {"structure_ratio": 1.0}}, "pruning.structure_ratio=1.0"),
+        ({"importance": {"compat": "reference"}, "pruning": {"structure_ratio": 0}}, "pruning.structure_ratio=0"),
+        ({"importance": {"compat": "reference"}, "pruning": None}, "pruning"),
+        ({"pruning": {"structure_ratio": 0.7}}, "structure_ratio=0.7 was set, but importance.compat=default"),
+        ({"importance": {"granularity": "query"}}, "importance.granularity='query'"),
+    ],
+)
+def test_what_compat_cannot_be_combined_with(sections, expected):
+    assert expected in refusal(**sections)
+
+
+def test_query_heads_are_the_users_choice_without_compat():
+    recipe = parse(importance={"granularity": "head", "score": "gate_fisher"})
+    assert (recipe.importance.granularity, recipe.pruning.structure_ratio) == ("head", None)
+    assert recipe.identity() != parse().identity()
