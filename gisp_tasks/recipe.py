@@ -80,6 +80,9 @@ class CalibrationSection(_Section):
     candidate is skipped, and counted."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the draw."""
+    overlap: Literal["refuse", "accept"] = "refuse"
+    """What is done when the sequences overlap what the recipe's evaluations measure: the run is refused, or goes on
+    and its record says so."""
 
     @model_validator(mode="after")
     def _path_belongs_to_files(self) -> Self:

@@ -28,6 +28,7 @@ from gisp_tasks.recipe import CalibrationSection, Recipe, level_name
 from gisp_tasks.refs import canonical_json, sha256_bytes
 from gisp_tasks.stores import model_source
 from gisp_tasks.tasks.measure import measure_model
+from gisp_tasks.tasks.resolve_model import build_calibration
 from gisp_tasks.tasks.runtime import Json, make_torch_deterministic, scratch
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class _Bench:
     def draw(self, section: CalibrationSection, seed: int) -> calibration_data.Calibration:
         """The sequences of a section, drawn by another seed."""
         section = section.model_copy(update={"seed": seed})
-        return calibration_data.build(section, tokenizer=self.tokenizer, vocab_size=self.geometry.vocab_size)
+        return build_calibration(self.recipe, section, model_source.locate(self.model), self.model)
 
     def seed(self, seed: int) -> "_Seed":
         calibration = self.draw(self.recipe.calibration, seed)

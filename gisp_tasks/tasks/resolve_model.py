@@ -1,10 +1,13 @@
 """First task of a run: everything that can be wrong with the input is found here, before the first byte is written."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from gisp_tasks import __version__
 from gisp_tasks.data import calibration as calibration_data
+from gisp_tasks.data import contamination
+from gisp_tasks.data.evaluated import evaluated_texts
 from gisp_tasks.errors import InputError, NumericsError
 from gisp_tasks.pruning.families import geometry_of
 from gisp_tasks.pruning.objectives import CalibrationSet
@@ -99,11 +102,18 @@ def _lineage(datasets: Json) -> list[dict[str, str]]:
 def build_calibration(
     recipe: Recipe, section: CalibrationSection, directory: Path, model: Json
 ) -> calibration_data.Calibration:
-    """Sequences of a run, from its tokenizer; the same in the check and in the task that publishes them."""
+    """Sequences of a run, from its tokenizer; the same in the check and in the task that publishes them.
+
+    Raises:
+        InputError: the data cannot be used, or overlaps the recipe's evaluations and that is not accepted.
+    """
     from gisp_tasks.export.reload import load_tokenizer
 
     tokenizer = load_tokenizer(directory, trust_remote_code=recipe.model.trust_remote_code)
-    return calibration_data.build(section, tokenizer=tokenizer, vocab_size=int(model["config"]["vocab_size"]))
+    calibration = calibration_data.build(section, tokenizer=tokenizer, vocab_size=int(model["config"]["vocab_size"]))
+    evaluated = evaluated_texts(recipe, evaluation_sources(recipe), tokenizer)
+    found = contamination.check(section, calibration, evaluated=evaluated, tokenizer=tokenizer)
+    return replace(calibration, description={**calibration.description, "contamination": found})
 
 
 def _compensation_data(

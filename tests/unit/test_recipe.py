@@ -53,6 +53,7 @@ def test_defaults_are_those_of_the_method():
     assert recipe.level_names == ("sp20", "sp30", "sp40", "sp50")
     assert recipe.pruning.steps == 30
     assert recipe.importance.normaliser == "elements"
+    assert recipe.calibration.overlap == "refuse"
     assert recipe.evaluation.tasks == ("wikitext2",)
     assert recipe.evaluation.perplexity_task == "wikitext2"
     assert recipe.evaluation.wikitext2.windows == (128, 2048)
@@ -276,6 +277,7 @@ def test_identity_leaves_out_addresses_and_the_scheduler():
         {"name": "other"},
         {"model": {"source": "other/model"}},
         {"calibration": {"dataset": "c4", "seed": 1}},
+        {"calibration": {"dataset": "c4", "overlap": "accept"}},
         {"pruning": {"steps": 3}},
         {"evaluation": {"wikitext2": {"windows": [128]}}},
     ],
