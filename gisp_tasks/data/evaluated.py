@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gisp_tasks.data.calibration import encode
-from gisp_tasks.data.multiple_choice import questions
+from gisp_tasks.data.multiple_choice import TASKS, questions
 from gisp_tasks.data.sources import Source
-from gisp_tasks.recipe import ProblemEvaluation, Recipe, TextEvaluation
+from gisp_tasks.recipe import ChoiceEvaluation, ProblemEvaluation, Recipe, TextEvaluation
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def evaluated_texts(recipe: Recipe, found: Mapping[str, Source], tokenizer: Any)
 
     Args:
         recipe: its evaluations have the limits.
-        found: name -> source, as `tasks.evaluate.evaluation_sources` returns it.
+        found: name -> source, as `tasks.measure.evaluation_sources` returns it.
         tokenizer: the model's; limits of text are counted in its tokens.
 
     Raises:
@@ -92,10 +93,15 @@ def choices(task: str, source: Source, limit: int | None) -> _Texts:
     return texts, []
 
 
+def _choices(task: str, source: Source, section: ChoiceEvaluation, _: Any) -> _Texts:
+    return choices(task, source, section.limit)
+
+
 # Name of the source -> section of the recipe's evaluation, and how its texts are read.
 _READ: dict[str, tuple[str, Callable[[Source, Any, Any], _Texts]]] = {
     "wikitext2": ("wikitext2", _running_text),
     "gsm8k": ("gsm8k", _problems),
     "embedded_text": ("embedded_text", _running_text),
     "embedded_arithmetic": ("embedded_arithmetic", _generated_problems),
+    **{task: ("commonsense_qa", partial(_choices, task)) for task in TASKS},
 }

@@ -15,7 +15,7 @@ from gisp_tasks.data.multiple_choice import TASKS, questions
 from gisp_tasks.errors import InputError
 from gisp_tasks.pruning.objectives import perplexity
 from gisp_tasks.recipe import CalibrationSection, Recipe
-from gisp_tasks.tasks.evaluate import evaluation_sources
+from gisp_tasks.tasks.measure import evaluation_sources
 
 FILE = "f" * 64
 # Two vocabularies without a common word.
