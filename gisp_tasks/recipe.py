@@ -216,8 +216,8 @@ class ProblemEvaluation(_Section):
 
     shots: int = Field(default=5, ge=0, le=32)
     """Solved examples before each question."""
-    limit: int | None = Field(default=None, ge=1)
-    """Problems to solve by generation; null: all."""
+    limit: int | None = Field(default=None, ge=0)
+    """Problems to solve by generation; null: all; 0: none, only the perplexity of solutions is taken."""
     max_new_tokens: int = Field(default=256, ge=1, le=4096)
     """Longest answer."""
     batch_size: int = Field(default=8, ge=1, le=1024)

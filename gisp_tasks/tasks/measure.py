@@ -135,12 +135,16 @@ def _problems(model: Any, tokenizer: Any, found: Mapping[str, Source], name: str
     solutions = solution_perplexity(
         model, [ids.tolist() for ids, _ in encoded], prompt_lengths=[length for _, length in encoded]
     )
-    matches = exact_match(model, tokenizer, rows=TaskRows(problems, rows(_examples(name))), section=section, name=name)
     facts = _data(found, name)
     metric = f"{name}_solution_ppl_token"
-    protocol = {name: {**facts, **matches.protocol} for name in matches.metrics}
-    protocol[metric] = {"source": facts["source"], **asdict(solutions), "num_solutions": len(items)}
-    return {"metrics": {**matches.metrics, metric: solutions.ppl}, "protocol": protocol}
+    metrics = {metric: solutions.ppl}
+    protocol = {metric: {"source": facts["source"], **asdict(solutions), "num_solutions": len(items)}}
+    if section.limit != 0:
+        solved = TaskRows(problems, rows(_examples(name)))
+        matches = exact_match(model, tokenizer, rows=solved, section=section, name=name)
+        metrics |= matches.metrics
+        protocol |= {name: {**facts, **matches.protocol} for name in matches.metrics}
+    return {"metrics": metrics, "protocol": protocol}
 
 
 def _choices(model: Any, tokenizer: Any, found: Mapping[str, Source], section: ChoiceEvaluation) -> Json:

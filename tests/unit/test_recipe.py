@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from gisp_tasks.errors import InputError
-from gisp_tasks.recipe import Recipe, level_name
+from gisp_tasks.recipe import ProblemEvaluation, Recipe, level_name
 from gisp_tasks.recipe_input import MAX_RECIPE_BYTES
 
 BASE = {
@@ -485,3 +485,9 @@ def test_query_heads_are_the_users_choice_without_compat():
     recipe = parse(importance={"granularity": "head", "score": "gate_fisher"})
     assert (recipe.importance.granularity, recipe.pruning.structure_ratio) == ("head", None)
     assert recipe.identity() != parse().identity()
+
+
+def test_problems_may_be_weighed_without_being_solved() -> None:
+    assert ProblemEvaluation.parse({"limit": 0}).limit == 0
+    with pytest.raises(InputError, match="limit=-1"):
+        ProblemEvaluation.parse({"limit": -1})
