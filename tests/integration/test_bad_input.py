@@ -218,6 +218,39 @@ def test_missing_data_set(desk: Desk, section: str) -> None:
     _prune_refuses(desk, says=("wikitext", "not in the local cache", "Allow access to the hub", "GISP_DATA_ROOT"))
 
 
+def _calibrate_on_evaluated_text(desk: Desk) -> None:
+    """One's own text, in which the evaluated one stands."""
+    from gisp_tasks.data import sources
+
+    text = desk.directory / "own.txt"
+    evaluated = sources.find("embedded", "test").texts()[0]
+    text.write_text("\n\n".join([*sources.find("embedded", "train").texts()[:3], evaluated]))
+    desk.recipe["calibration"] |= {"dataset": "text", "path": str(text), "sequence_length": 128}
+    desk.recipe["evaluation"]["embedded_text"]["limit_tokens"] = None
+
+
+def test_calibration_on_what_is_evaluated(desk: Desk) -> None:
+    _calibrate_on_evaluated_text(desk)
+    says = ("calibration.dataset=text, path=", "of 4 sequences overlap what evaluation.embedded_text", "Allowed is no")
+    _prune_refuses(desk, says=(*says, "or set calibration.overlap: accept"))
+
+
+def test_calibration_on_a_test_split(desk: Desk) -> None:
+    desk.recipe["calibration"]["split"] = "test"
+    says = ("split=test", "the file that evaluation.embedded_text measures", "Allowed is", "calibrate on other data")
+    _prune_refuses(desk, says=says)
+
+
+def test_overlap_that_is_accepted_is_recorded(desk: Desk) -> None:
+    _calibrate_on_evaluated_text(desk)
+    done = desk.gisp("prune", "--out", str(desk.store), "--json", "--set", "calibration.overlap=accept")
+    assert done.returncode == 0, done.stderr
+    (record,) = desk.store.glob("runs/*/calibration/tokens.json")
+    found = json.loads(record.read_text())["contamination"]
+    assert found["accepted"]
+    assert found["evaluations"]["embedded_text"]["overlapping_sequences"] > 0
+
+
 # What only a whole run meets: stores, servers, runs that are not there.
 
 
