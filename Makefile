@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pages test test-slow lint lock clean
+.PHONY: help setup demo demo-pages test test-slow benchmark lint lock clean
 
 help:  ## the targets and what they do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test: setup  ## the fast suite
 
 test-slow: setup  ## minutes: kill -9 at ten moments, Airflow's own scheduler, SmolLM2-135M
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+benchmark: setup  ## minutes: cost of a scoring pass against one of the reference's shape, on SmolLM2-135M
+	$(BIN)/python tests/benchmarks/scoring.py
 
 lint: setup  ## style, types, import contracts
 	$(BIN)/ruff check .
