@@ -139,6 +139,11 @@ def test_a_level_in_the_middle_of_fused_steps_waits_for_their_end(load_dag: Load
     assert edges["sp20.materialize"] == edges["sp37_5.materialize"] == {"resolve_model", only}
 
 
+def test_levels_of_compat_hang_on_the_last_step(load_dag: LoadDag) -> None:
+    edges = _edges(load_dag(importance={"compat": "reference"}))
+    assert edges["sp20.materialize"] == edges["sp37_5.materialize"] == {"resolve_model", "step_003.prune"}
+
+
 def test_without_mlflow_the_upload_is_the_end_of_a_level(load_dag: LoadDag) -> None:
     edges = _edges(load_dag(publish={"mlflow": None}))
     assert not [task_id for task_id in edges if task_id.endswith("register_model")]
