@@ -166,7 +166,7 @@ def check(
     num_checked = sum(sequence.passage >= MIN_WORDS for sequence in sequences)
     tolerated = 0.0 if section.dataset in FILE_DATASETS else TOLERATED_SHARE
     drawn_files = frozenset(_file_digests(calibration.description["source"]))
-    if num_checked < len(sequences):
+    if evaluated and num_checked < len(sequences):
         logger.warning(
             "calibration: %d of %d sequences have too few words to be compared with evaluation data",
             len(sequences) - num_checked,
