@@ -23,6 +23,7 @@ ITEM_DATASETS = ("commonsense_qa", "items")
 COMMONSENSE_TASKS = ("boolq", "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "winogrande", "piqa")
 # The published runs' (METHOD A4): of all structures, not of the parameters.
 REFERENCE_STRUCTURE_RATIO = 0.7
+_REFERENCE_PROTECT = {"first_layers": 0.1, "last_layers": 1}
 Level = Annotated[float, Field(ge=0.001, le=0.99)]
 
 
@@ -129,11 +130,15 @@ class ImportanceSection(_Section):
 
 
 class ProtectSection(_Section):
-    """What is never removed."""
+    """What is never removed.
 
-    first_layers: float = Field(default=0.1, ge=0.0)
+    The published runs protect the first tenth of the layers and the last one. In this package's measurements (README)
+    that costs quality, so no layer is protected unless a recipe says so.
+    """
+
+    first_layers: float = Field(default=0, ge=0.0)
     """Layers at the start: a fraction of them when below 1 (rounded down), else a number of layers."""
-    last_layers: float = Field(default=1, ge=0.0)
+    last_layers: float = Field(default=0, ge=0.0)
     """Layers at the end: a fraction of them when below 1 (rounded down), else a number of layers."""
     min_kv_groups: int = Field(default=1, ge=1)
     """Key/value groups that every layer keeps."""
@@ -356,15 +361,20 @@ class Recipe(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _structure_ratio_of_the_reference(cls, value: Any) -> Any:
-        """The default of a key that belongs to the compatibility mode alone."""
+    def _pruning_of_the_reference(cls, value: Any) -> Any:
+        """What the compatibility mode reads where a recipe does not say it."""
         if not isinstance(value, dict):
             return value
         importance, pruning = value.get("importance"), value.get("pruning", {})
         reference = isinstance(importance, dict) and importance.get("compat") == "reference"
-        if not reference or not isinstance(pruning, dict) or pruning.get("structure_ratio") is not None:
+        if not reference or not isinstance(pruning, dict):
             return value
-        return {**value, "pruning": {**pruning, "structure_ratio": REFERENCE_STRUCTURE_RATIO}}
+        ratio, protect = pruning.get("structure_ratio"), pruning.get("protect", {})
+        filled = {
+            "structure_ratio": REFERENCE_STRUCTURE_RATIO if ratio is None else ratio,
+            "protect": {**_REFERENCE_PROTECT, **protect} if isinstance(protect, dict) else protect,
+        }
+        return {**value, "pruning": {**pruning, **filled}}
 
     @model_validator(mode="after")
     def _compat_has_its_own_pruning(self) -> Self:
@@ -375,7 +385,7 @@ class Recipe(_Section):
                     f"counts parameters, up to the last of pruning.levels; remove structure_ratio, or set "
                     f"importance.compat: reference"
                 )
-        elif self.pruning.protect != ProtectSection():
+        elif self.pruning.protect != ProtectSection(**_REFERENCE_PROTECT):
             raise ValueError(
                 "pruning.protect was changed, but importance.compat=reference protects the layers that the reference "
                 "code skips (the first tenth and the last) and keeps no minimum in the others; remove pruning.protect, "

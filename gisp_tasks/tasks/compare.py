@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gisp_tasks import __version__
 from gisp_tasks.comparison import agreement, summarise
 from gisp_tasks.data import calibration as calibration_data
 from gisp_tasks.errors import InputError
@@ -110,9 +111,7 @@ class _Bench:
         self.limits = limits_of(pruning.protect, pruning.width_multiple, self.geometry.num_layers)
         self.described: dict[int, Json] = {}
         self.first_scores: dict[tuple[str, int], StructureScores] = {}
-        identity = {"recipe": recipe.identity(), "model": self.model["files"]}
-        self._cells = out / f"cells-{sha256_bytes(canonical_json(identity))[:12]}"
-        self._cells.mkdir(parents=True, exist_ok=True)
+        self._out = out
 
     @cached_property
     def base(self) -> Any:
@@ -142,11 +141,28 @@ class _Bench:
     def dense(self) -> Json:
         """What the dense model measures."""
         cell = {"method": "dense", "seed": None, "level": None, "compensation": False, "param_sparsity": 0.0}
-        return self.kept("dense", lambda: {**cell, **self.measure(self.base)})
+        return self.kept(self.path("dense.json"), lambda: {**cell, **self.measure(self.base)})
 
-    def kept(self, name: str, make: Callable[[], Json]) -> Json:
+    def path(self, name: str, *, compensation: bool = False) -> Path:
+        """A file of the directory of results, which is named by all that decides them.
+
+        What least squares reads decides its own results only.
+        """
+        identity: Json = {
+            "recipe": self.recipe.identity(),
+            "model": self.model["files"],
+            "package_version": __version__,
+        }
+        if not compensation:
+            for key in ("compensation", "compensation_data"):
+                del identity["recipe"]["pruning"][key]
+        digest = sha256_bytes(canonical_json(identity))[:12]
+        directory = self._out / f"{'compensated' if compensation else 'cells'}-{digest}"
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory / name
+
+    def kept(self, path: Path, make: Callable[[], Json]) -> Json:
         """A result from the directory, made and kept there when it is new."""
-        path = self._cells / f"{name}.json"
         if not path.is_file():
             value = make()
             partial = path.with_suffix(".partial")
@@ -154,11 +170,8 @@ class _Bench:
             partial.replace(path)
         found: Json = json.loads(path.read_text())
         for metric, number in found["metrics"].items():
-            logger.info("%s %s: %.6g", name, metric, number)
+            logger.info("%s %s: %.6g", path.stem, metric, number)
         return found
-
-    def path(self, name: str) -> Path:
-        return self._cells / name
 
     def measure(self, model: Any) -> Json:
         evaluation = self.recipe.evaluation
@@ -200,7 +213,7 @@ class _Seed:
                 _set_bias(model, name, bias)
             return self._cell(method, level, keep, model, compensation=False)
 
-        return self._bench.kept(f"{method}-seed{self._seed}-{level_name(level)}", make)
+        return self._bench.kept(self._bench.path(f"{method}-seed{self._seed}-{level_name(level)}.json"), make)
 
     def compensated_cells(self, methods: Sequence[str]) -> list[Json]:
         """Every level of every method with least squares; the Gram matrices are gathered once for all."""
@@ -210,8 +223,9 @@ class _Seed:
 
         bench, recipe = self._bench, self._bench.recipe
         wanted = [(method, level) for method in methods for level in recipe.pruning.levels]
-        names = [f"{method}-ls-seed{self._seed}-{level_name(level)}" for method, level in wanted]
-        missing = [i for i, name in enumerate(names) if not bench.path(f"{name}.json").is_file()]
+        names = [f"{method}-seed{self._seed}-{level_name(level)}.json" for method, level in wanted]
+        paths = [bench.path(name, compensation=True) for name in names]
+        missing = [i for i, path in enumerate(paths) if not path.is_file()]
         with scratch() as directory:
             if missing:
                 data = bench.draw(recipe.compensation_section, self._seed).set
@@ -229,7 +243,7 @@ class _Seed:
                 keep = self._keep(method, level)
                 return self._cell(method, level, keep, self._cut(keep, weights), compensation=True)
 
-            return [bench.kept(name, lambda i=i: make(i)) for i, name in enumerate(names)]  # type: ignore[misc]
+            return [bench.kept(path, lambda i=i: make(i)) for i, path in enumerate(paths)]  # type: ignore[misc]
 
     def _iterate(self, method: str) -> tuple[RemovalOrder, StructureScores]:
         from gisp_tasks.pruning import importance

@@ -125,7 +125,7 @@ def test_an_interrupted_comparison_measures_only_what_is_missing(
     finished: tuple[dict[str, Any], Path], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result, out = finished
-    (lost,) = out.glob("cells-*/one-shot-ls-seed0-sp20.json")
+    (lost,) = out.glob("compensated-*/one-shot-seed0-sp20.json")
     lost.unlink()
     measured: list[str] = []
     measure_model = compare_module.measure_model

@@ -7,7 +7,8 @@ import pytest
 from gisp_tasks.recipe import Recipe
 from gisp_tasks.stores.manifest import deviations
 
-SCHEDULE, MINIMA, UNIT = "linear in parameter sparsity", "keeps a minimum", "the kv group with its k and v rows"
+SCHEDULE, COUNT, MINIMA = "linear in parameter sparsity", "count of removals is exact", "keeps a minimum"
+UNIT, SOLVED = "the kv group with its k and v rows", "solved anew by least squares"
 CONVERSION, FISHER, NORMALISER, MARGIN = "written as copies", "Fisher", "divided by", "Margin:"
 ALWAYS = {"Scores accumulate in float32", "scored weights only", "sliced between steps", "widths of a level"}
 
@@ -20,7 +21,7 @@ def named(**sections: Any) -> set[str]:
         "publish": {"store": "file:///tmp/store", "gate": {"max_perplexity_ratio": None}},
     }
     sentences = deviations(Recipe.parse({**base, **sections}))
-    marks = ALWAYS | {SCHEDULE, MINIMA, UNIT, CONVERSION, FISHER, NORMALISER, MARGIN}
+    marks = ALWAYS | {SCHEDULE, COUNT, MINIMA, UNIT, SOLVED, CONVERSION, FISHER, NORMALISER, MARGIN}
     assert all(any(mark in sentence for mark in marks) for sentence in sentences)
     return {mark for mark in marks if any(mark in sentence for sentence in sentences)} - ALWAYS
 
@@ -28,11 +29,12 @@ def named(**sections: Any) -> set[str]:
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ({}, {SCHEDULE, MINIMA, UNIT, NORMALISER}),
-        ({"importance": {"granularity": "head"}}, {SCHEDULE, MINIMA, CONVERSION, NORMALISER}),
+        ({}, {SCHEDULE, COUNT, MINIMA, UNIT, NORMALISER}),
+        ({"pruning": {"compensation": "least_squares"}}, {SCHEDULE, COUNT, MINIMA, UNIT, NORMALISER, SOLVED}),
+        ({"importance": {"granularity": "head"}}, {SCHEDULE, COUNT, MINIMA, CONVERSION, NORMALISER}),
         (
             {"importance": {"score": "gate_fisher", "normaliser": "reference"}},
-            {SCHEDULE, MINIMA, UNIT, FISHER},
+            {SCHEDULE, COUNT, MINIMA, UNIT, FISHER},
         ),
         ({"importance": {"compat": "reference"}}, {CONVERSION}),
         (

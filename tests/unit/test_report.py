@@ -42,7 +42,13 @@ _SOURCE = {"dataset": "d", "split": "validation", "origin": "mirror"}
 MANIFEST = {
     "recipe": {"name": "r", "objective": "perplexity", "importance": {"score": "taylor", "normaliser": "elements"}},
     "model": {"source": "m", "revision": None},
-    "calibration": {"source": _SOURCE, "sequences": 1, "num_tokens": 2, "seed": 0},
+    "calibration": {
+        "source": _SOURCE,
+        "sequences": 1,
+        "num_tokens": 2,
+        "seed": 0,
+        "contamination": {"evaluations": {}},
+    },
     "levels": [
         {
             "evaluation": {
