@@ -27,6 +27,7 @@ TINY = {
 SMALLER = {
     "evaluate": "--set wikitext2.windows=[64] --set wikitext2.limit_tokens=129 --set gsm8k.limit=1 "
     "--set gsm8k.shots=0 --set gsm8k.max_new_tokens=4 --set gsm8k.limit_solutions=1",
+    "compare": "--methods gisp,random --seeds 0",
 }
 
 
@@ -53,9 +54,9 @@ def test_every_gisp_command_runs_as_written(tmp_path, testdata):
         "GISP_CACHE": str(tmp_path / "cache"),
     }
     shown = commands("gisp")
-    assert {shlex.split(line)[1] for line in shown} == {"plan", "run", "prune", "materialize", "evaluate"}
+    assert {shlex.split(line)[1] for line in shown} == {"plan", "run", "prune", "materialize", "evaluate", "compare"}
     for line in shown:
-        directory = tmp_path / ("pruned" if "prune " in line else "level")
+        directory = tmp_path / {"prune": "pruned", "compare": "compared"}.get(shlex.split(line)[1], "level")
         words = {
             "RECIPE": str(recipe),
             "DIRECTORY": str(directory),
