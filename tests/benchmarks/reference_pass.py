@@ -89,6 +89,6 @@ def _scores(products: dict[str, torch.Tensor], geometry: Geometry) -> StructureS
         gate, up, down = (products[f"{stem}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
         mlp.append((gate.sum(dim=1) + up.sum(dim=1) + down.sum(dim=0)).double())
     return StructureScores(
-        (torch.stack(attention) / geometry.kv_group_elements).float().numpy(),
+        (torch.stack(attention) / geometry.attention_elements).float().numpy(),
         (torch.stack(mlp) / geometry.channel_elements).float().numpy(),
     )

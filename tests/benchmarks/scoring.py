@@ -46,7 +46,7 @@ LAST_LEVEL = 0.5
 # The most that this package's pass may cost of the reference's.
 TARGETS = {"perplexity": 0.85, "trajectory": 0.62, "arc_easy": 0.30, "boolq": 0.30, "hellaswag": 0.40}
 SPLITS = {"arc_easy": "train", "boolq": "train_surrogate", "hellaswag": "train"}
-OURS, REFERENCE = "gisp", "reference"
+OURS, REFERENCE, FISHER = "gisp", "reference", "gate_fisher"
 
 
 class Bench:
@@ -68,14 +68,14 @@ class Bench:
 
     def load(self, side: str) -> Any:
         """The dense model in float32."""
-        attention = "sdpa" if side == OURS else "eager"
+        attention = "eager" if side == REFERENCE else "sdpa"
         return AutoModelForCausalLM.from_pretrained(
             self._path, dtype=torch.float32, attn_implementation=attention, local_files_only=True
         ).eval()
 
-    def models(self) -> dict[str, Any]:
+    def models(self, *sides: str) -> dict[str, Any]:
         """The dense model of each side, after a pass over one group: what a process does once is not measured."""
-        models = {side: self.load(side) for side in (REFERENCE, OURS)}
+        models = {side: self.load(side) for side in sides}
         for side, model in models.items():
             self._pass(side, model, KeepSets.everything(self.geometry), self.calibration.leading(1))
         return models
@@ -87,7 +87,9 @@ class Bench:
     def _pass(self, side: str, model: Any, keep: KeepSets, calibration: CalibrationSet) -> StructureScores:
         if side == REFERENCE:
             return reference_pass(model, self.geometry, calibration)
-        settings = ScoringSettings(self.limits.protected, "elements", MICRO_BATCH_TOKENS)
+        settings = ScoringSettings(
+            self.limits.protected, "elements", MICRO_BATCH_TOKENS, score="taylor" if side == OURS else side
+        )
         return score(model, keep, self.geometry, calibration, settings).scores
 
     def removals(self, scores: StructureScores, removed: Removals, target: float) -> Removals:
@@ -129,9 +131,9 @@ def _agreement(ours: Removals, theirs: Removals) -> dict[str, Any]:
 
 
 def one_pass(bench: Bench, repetitions: int) -> dict[str, Any]:
-    """Both sides on the dense model, in turn."""
+    """Both sides, and the other score of this package, on the dense model, in turn."""
     everything = KeepSets.everything(bench.geometry)
-    models = bench.models()
+    models = bench.models(REFERENCE, OURS, FISHER)
     seconds: dict[str, list[float]] = {side: [] for side in models}
     scores: dict[str, StructureScores] = {}
     for _ in range(repetitions):
@@ -139,7 +141,7 @@ def one_pass(bench: Bench, repetitions: int) -> dict[str, Any]:
             took, scores[side] = _seconds(lambda side=side, model=model: bench.scores(side, model, everything))
             seconds[side].append(took)
     nothing = RemovalOrder.empty().removals
-    found = {side: bench.removals(scores[side], nothing, bench.targets[0]) for side in models}
+    found = {side: bench.removals(scores[side], nothing, bench.targets[0]) for side in (REFERENCE, OURS)}
     return {"seconds": seconds, "agreement": [_agreement(found[OURS], found[REFERENCE])]}
 
 
@@ -148,7 +150,7 @@ def trajectory(bench: Bench, repetitions: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {REFERENCE: [], OURS: []}
     agreement: list[dict[str, Any]] = []
     for _ in range(repetitions):
-        models = bench.models()
+        models = bench.models(REFERENCE, OURS)
         order, held = RemovalOrder.empty(), KeepSets.everything(bench.geometry)
         spent, agreement = dict.fromkeys(seconds, 0.0), []
         for step, target in enumerate(bench.targets, 1):
@@ -185,13 +187,12 @@ def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
     bench = Bench(options, case)
     found = (trajectory if case == "trajectory" else one_pass)(bench, options.repetitions)
     seconds = found["seconds"]
-    ratios = [ours / theirs for ours, theirs in zip(seconds[OURS], seconds[REFERENCE], strict=True)]
     record = {
         "case": case,
         "sequences": bench.calibration.num_sequences,
         "groups": bench.calibration.num_groups,
         "tokens": len(bench.calibration.tokens),
-        "ratio": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
+        "ratio": {side: _ratio(seconds, side) for side in seconds if side != REFERENCE},
         "target": TARGETS[case],
         "cpu_seconds": seconds,
         "agreement": found["agreement"],
@@ -201,9 +202,14 @@ def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
     return record
 
 
+def _ratio(seconds: dict[str, list[float]], side: str) -> dict[str, float]:
+    ratios = [ours / theirs for ours, theirs in zip(seconds[side], seconds[REFERENCE], strict=True)]
+    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+
+
 def _row(record: dict[str, Any]) -> list[str]:
-    ratio, agreement = record["ratio"], record["agreement"]
-    peaks = record.get("peak_bytes")
+    ratio, agreement = record["ratio"][OURS], record["agreement"]
+    fisher, peaks = record["ratio"].get(FISHER), record.get("peak_bytes")
     removed, differing, moved = (
         sum(step[key] for step in agreement) for key in ("removals", "removed_by_one_side_only", "in_another_place")
     )
@@ -214,7 +220,8 @@ def _row(record: dict[str, Any]) -> list[str]:
         f"{statistics.median(record['cpu_seconds'][OURS]):.1f}",
         f"{ratio['median']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})",
         f"{record['target']:.2f} {'met' if ratio['median'] <= record['target'] else 'MISSED'}",
-        f"{peaks[REFERENCE] / 2**30:.2f} / {peaks[OURS] / 2**30:.2f}" if peaks else "-",
+        f"{fisher['median']:.3f}" if fisher else "-",
+        " / ".join(f"{peak / 2**30:.2f}" for peak in peaks.values()) if peaks else "-",
         f"{differing} / {moved} of {removed:,}",
     ]
 
@@ -230,7 +237,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, default=Path("build/benchmark-scoring.json"))
-    parser.add_argument("--peak", choices=[OURS, REFERENCE], help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=[OURS, REFERENCE, FISHER], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -245,10 +252,10 @@ def main() -> None:
         bench.scores(options.peak, bench.load(options.peak), KeepSets.everything(bench.geometry))
         print(_resident_peak())
         return
-    console = Console(width=150)
+    console = Console(width=180)
     table = Table(
         *("case", "groups / tokens", "reference, CPU s", "gisp, CPU s", "ratio (lowest to highest)", "at most"),
-        *("peak GiB, reference / gisp", "removals: differ / moved"),
+        *("ratio of gate-Fisher", "peak GiB, in that order", "removals: differ / moved"),
     )
     records = []
     for case in options.cases:
