@@ -20,8 +20,9 @@ SURFACE = {
     "run": ["--json", "--resume", "--set", "--store", "recipe"],
     "plan": ["--json", "--set", "recipe"],
     "prune": ["--json", "--out", "--set", "recipe"],
-    "materialize": ["--dtype", "--model", "--order", "--out", "--sparsity", "--width-multiple"],
+    "materialize": ["--compensate", "--dtype", "--model", "--order", "--out", "--sparsity", "--width-multiple"],
     "evaluate": ["--dtype", "--json", "--set", "--task", "checkpoint"],
+    "compare": ["--compensation", "--json", "--methods", "--out", "--seeds", "--set", "recipe"],
 }
 SUMMARY_KEYS = ["run_id", "store", "manifest_sha256", "levels"]
 LEVEL_KEYS = [
