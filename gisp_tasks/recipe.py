@@ -23,7 +23,7 @@ ITEM_DATASETS = ("commonsense_qa", "items")
 COMMONSENSE_TASKS = ("boolq", "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "winogrande", "piqa")
 # The published runs' (METHOD A4): of all structures, not of the parameters.
 REFERENCE_STRUCTURE_RATIO = 0.7
-_REFERENCE_PROTECT = {"first_layers": 0.1, "last_layers": 1}
+REFERENCE_PROTECT = {"first_layers": 0.1, "last_layers": 1}
 Level = Annotated[float, Field(ge=0.001, le=0.99)]
 
 
@@ -372,7 +372,7 @@ class Recipe(_Section):
         ratio, protect = pruning.get("structure_ratio"), pruning.get("protect", {})
         filled = {
             "structure_ratio": REFERENCE_STRUCTURE_RATIO if ratio is None else ratio,
-            "protect": {**_REFERENCE_PROTECT, **protect} if isinstance(protect, dict) else protect,
+            "protect": {**REFERENCE_PROTECT, **protect} if isinstance(protect, dict) else protect,
         }
         return {**value, "pruning": {**pruning, **filled}}
 
@@ -385,7 +385,7 @@ class Recipe(_Section):
                     f"counts parameters, up to the last of pruning.levels; remove structure_ratio, or set "
                     f"importance.compat: reference"
                 )
-        elif self.pruning.protect != ProtectSection(**_REFERENCE_PROTECT):
+        elif self.pruning.protect != ProtectSection(**REFERENCE_PROTECT):
             raise ValueError(
                 "pruning.protect was changed, but importance.compat=reference protects the layers that the reference "
                 "code skips (the first tenth and the last) and keeps no minimum in the others; remove pruning.protect, "

@@ -40,7 +40,7 @@ def recipe(tmp_path: Path, testdata: Path) -> Path:
             "sequence_length": 500,
         },
         "objective": "margin",
-        "pruning": {"levels": [0.2], "steps": 2},
+        "pruning": {"levels": [0.4], "steps": 2},
         "publish": {"store": f"file://{tmp_path}/store", "gate": {"max_perplexity_ratio": None}},
     }
     path.write_text(yaml.safe_dump(value))

@@ -28,7 +28,7 @@ from gisp_tasks.pruning.removal_order import RemovalOrder
 from gisp_tasks.pruning.scores import StructureScores
 from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.pruning.surgery import slice_model
-from gisp_tasks.recipe import ProtectSection, Recipe
+from gisp_tasks.recipe import REFERENCE_PROTECT, ProtectSection, Recipe
 
 # Below this, the order in which float32 sums run decides, not the method.
 SAFE_GAP = 1e-5
@@ -74,7 +74,7 @@ def keep_sets_by_step(
 ) -> list[KeepSets]:
     """What the package's steps leave: score, threshold, slice, and again."""
     geometry = geometry_of(config, granularity="head")
-    limits = limits_of(ProtectSection(), 32, geometry.num_layers)
+    limits = limits_of(ProtectSection(**REFERENCE_PROTECT), 32, geometry.num_layers)
     settings = ScoringSettings(limits.protected, "reference", micro_batch)
     order, held, found = RemovalOrder.empty(), KeepSets.everything(geometry), []
     for step, target in enumerate(structure_ratios(steps, ratio), 1):
@@ -268,7 +268,7 @@ def test_selection_on_scores_full_of_ties():
     for case in range(300):
         layers, heads, width = (int(n) for n in generator.integers([2, 1, 1], [12, 6, 9]))
         geometry = small_geometry(layers, heads, width)
-        limits = limits_of(ProtectSection(), 32, layers)
+        limits = limits_of(ProtectSection(**REFERENCE_PROTECT), 32, layers)
         ratio = float(np.float32(generator.random()))
         total = layers * (heads + width)
         if threshold_rank(total, ratio) > int((~limits.protected).sum()) * (heads + width):
