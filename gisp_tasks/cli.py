@@ -232,6 +232,7 @@ def compare(
     """
     parsed = Recipe.load(recipe, tuple(settings))
     from gisp_tasks import comparison
+    from gisp_tasks.report import metric_names
     from gisp_tasks.tasks.compare import METHODS
     from gisp_tasks.tasks.compare import compare as run_comparison
 
@@ -243,8 +244,10 @@ def compare(
     if as_json:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
         return
-    for metric in comparison.metrics_of(result):
-        Console().print(comparison.comparison_table(result, metric))
+    console = Console()
+    for metric in metric_names(result["cells"])[0]:
+        console.print(comparison.heading(result, metric), highlight=False, soft_wrap=True)
+        console.print(comparison.comparison_table(result, metric))
     sys.stdout.write(f"{out / 'comparison.json'}\n")
 
 

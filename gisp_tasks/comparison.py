@@ -98,12 +98,17 @@ def _spearman(a: NDArray[np.float32], b: NDArray[np.float32]) -> float | None:
     return float(spearmanr(a[scored], b[scored]).statistic)
 
 
+def heading(result: Mapping[str, Any], metric: str) -> str:
+    """What the table of a metric shows."""
+    dense = next(row for row in result["summary"] if row["method"] == "dense" and row["metric"] == metric)
+    seeds = ", ".join(map(str, result["seeds"]))
+    return f"{metric}: dense {dense['mean']:.4g}; mean ± standard deviation over seeds {seeds}"
+
+
 def comparison_table(result: Mapping[str, Any], metric: str) -> Table:
     """One row a method, one column a level: mean of a metric, and its standard deviation over seeds."""
-    dense = next(row for row in result["summary"] if row["method"] == "dense" and row["metric"] == metric)
-    title = f"{metric}: dense {dense['mean']:.4g}; mean ± standard deviation over seeds {_list(result['seeds'])}"
     levels = sorted({row["level"] for row in result["summary"] if row["level"] is not None})
-    table = Table("method", *(level_name(level) for level in levels), title=title, title_justify="left")
+    table = Table("method", *(level_name(level) for level in levels))
     for method, compensation in _rows(result):
         found = _by_level(result, metric, method, compensation)
         table.add_row(_label(method, compensation), *(_shown(found.get(level)) for level in levels))
@@ -166,7 +171,3 @@ def _shown(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "-"
     return f"{row['mean']:.4g}" + (f" ± {row['std']:.2g}" if row["std"] is not None else "")
-
-
-def _list(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))

@@ -6,15 +6,16 @@ words in a row of one of its texts (Brown et al. 2020, appendix C, take 8 to 13)
 words, or is a shorter one. A window of text with fewer words is compared by its inner ones, 8 at least.
 
 One overlapping sequence is too many in one's own file. Of a named data set 1 % is tolerated, and recorded: official
-splits repeat a few of each other's items, and every published figure has them. What was counted on the test kit,
-against the first half of WikiText-2's and GSM8K's test, seven multiple-choice validation files and the embedded data:
+splits repeat a few of each other's items, and figures published on them do so too. What was counted on parts of the
+data, against half of WikiText-2's and GSM8K's test, seven multiple-choice validation files and the embedded data:
 
 - WikiText-2 train and validation, C4 train and validation, embedded text: none of 6,196 windows of 256 tokens.
-- GSM8K train: 6 of 7,473 items, with phrases ("7 days in a week so she eats 3 * 7") and one question told twice.
-- Seven commonsense train files: 77 of 61,158 answers with their questions (0.1 %), questions that both splits have.
+- GSM8K train: 6 of 7,473 items (0.08 %), by phrases such as "7 days in a week so she eats 3 * 7 = ...".
+- Seven commonsense train files: 77 of 61,158 answers with their questions (0.13 %), mostly questions or long contexts
+  that stand in both splits.
 - Generated arithmetic: 1,210 of 4,000 problems have 13 words in a row of a test problem, none a whole question; and
   BoolQ's splits share passages. So of these only whole questions count.
-- Each test split against itself: every sequence of all nine.
+- Each test split against itself: every sequence, in all eleven.
 
 A file that an evaluation measures is no calibration data even where the evaluation stops before what was drawn.
 """
