@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.rows import Row, micro_batches, rows_of
@@ -90,7 +91,10 @@ def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     hidden_btd = model.model(input_ids=batch.tokens, use_cache=False, **layout).last_hidden_state  # type: ignore[operator]
     logits = model.lm_head(hidden_btd.flatten(0, 1)[batch.places])  # type: ignore[operator]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses: torch.Tensor = -logits.log_softmax(dim=-1)[batch.predictors, batch.targets]
+    if batch.segments is not None:
+        # A place may predict the first token of several segments; elsewhere places and targets go together one by one.
+        logits = logits[batch.predictors]
+    losses = functional.cross_entropy(logits, batch.targets, reduction="none")
     return (losses * batch.weights.to(losses.dtype)).sum()
 
 

@@ -1,7 +1,8 @@
 """What a scoring pass costs, as a ratio to a pass of the reference implementation's shape (`make benchmark`).
 
 Both sides run interleaved in one process and are compared in CPU seconds; peak memory is that of a fresh process a
-side. The removals of both are compared too: a pass that saves work by computing something else would show there.
+side. Both leave the layers alone that the published runs protect; the reference computes their gradients all the same.
+The removals of both are compared too: a pass that saves work by computing something else would show there.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from gisp_tasks.pruning.schedule import step_targets
 from gisp_tasks.pruning.scores import StructureScores
 from gisp_tasks.pruning.structures import Geometry, KeepSets, Removals
 from gisp_tasks.pruning.surgery import mask_model, slice_model
-from gisp_tasks.recipe import CalibrationSection, ProtectSection
+from gisp_tasks.recipe import REFERENCE_PROTECT, CalibrationSection, ProtectSection
 
 ROOT = Path(__file__).parents[2]
 MIRROR = ROOT.parent / "shared" / "testdata" / "data"
@@ -62,7 +63,7 @@ class Bench:
         self._path = options.model
         config = json.loads((self._path / "config.json").read_text())
         self.geometry: Geometry = geometry_of(config)
-        self.limits: Limits = limits_of(ProtectSection(), 32, self.geometry.num_layers)
+        self.limits: Limits = limits_of(ProtectSection(**REFERENCE_PROTECT), 32, self.geometry.num_layers)
         self.calibration = _calibration(options, case)
         self.targets = step_targets(options.steps, LAST_LEVEL)
 
