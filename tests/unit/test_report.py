@@ -59,7 +59,7 @@ MANIFEST = {
             }
         }
     ],
-    "steps": [{"number": 1, "objective": 2.0, "target_sparsity": 0.2, "completes": ["sp20"]}],
+    "steps": [{"number": 1, "objective": 2.0, "target_sparsity": 0.2, "structure_ratio": None, "completes": ["sp20"]}],
     "environment": {
         "package": "0",
         "packages": {"torch": "2", "transformers": "5"},
@@ -101,3 +101,11 @@ def test_a_page_without_such_tasks_has_no_table_of_them():
     page = render({**SUMMARY, "levels": levels}, manifest=MANIFEST, curve_metric=None)
     assert "Task by task" not in page
     assert "254 tokens" in page
+
+
+def test_steps_that_count_structures_say_so():
+    """Under compat: reference no step has a sparsity to reach; the page used to fail on it."""
+    assert "<td>20.00 %</td>" in render(SUMMARY, manifest=MANIFEST, curve_metric=None)
+    step = {**MANIFEST["steps"][0], "target_sparsity": None, "structure_ratio": 0.0}
+    page = render(SUMMARY, manifest={**MANIFEST, "steps": [step]}, curve_metric=None)
+    assert "<td>0.00 % of the heads and channels</td>" in page
