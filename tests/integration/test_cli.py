@@ -1,9 +1,6 @@
 """The command line on a small trained model: its surface, and that its commands agree with each other."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,19 +36,6 @@ OTHER = 512 * 64 + 64
 DENSE = 260_032
 
 
-def _gisp(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "gisp_tasks.cli", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    return done
-
-
 @dataclass(frozen=True)
 class Finished:
     """A run with one step a task, a directory as store, and MLflow on a database file.
@@ -74,7 +58,7 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, testdata: Path) -> Finished:
+def finished(gisp: Any, tmp_path_factory: pytest.TempPathFactory, testdata: Path) -> Finished:
     directory = tmp_path_factory.mktemp("cli")
     recipe, model, mlflow = directory / "recipe.yaml", testdata / "models" / "stories260K", directory / "mlflow.db"
     value = {
@@ -91,7 +75,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, testdata: Path) -> Finish
         },
     }
     recipe.write_text(yaml.safe_dump(value))
-    return Finished(recipe, model, mlflow, json.loads(_gisp("run", str(recipe), "--json").stdout))
+    return Finished(recipe, model, mlflow, json.loads(gisp.start("run", str(recipe), "--json").stdout))
 
 
 def test_the_surface_grows_on_purpose_only() -> None:
@@ -103,15 +87,15 @@ def test_the_surface_grows_on_purpose_only() -> None:
     assert found == SURFACE
 
 
-def test_every_command_explains_itself() -> None:
-    described = _gisp("--help").stdout
+def test_every_command_explains_itself(gisp: Any) -> None:
+    described = gisp.start("--help").stdout
     for name in SURFACE:
         assert name in described
-        assert "Usage" in _gisp(name, "--help").stdout
+        assert "Usage" in gisp.call(name, "--help").stdout
 
 
-def test_plan(finished: Finished) -> None:
-    plan = json.loads(_gisp("plan", str(finished.recipe), "--json").stdout)
+def test_plan(gisp: Any, finished: Finished) -> None:
+    plan = json.loads(gisp.call("plan", str(finished.recipe), "--json").stdout)
     assert (plan["dense_parameters"], plan["dense_bytes"]) == (DENSE, 4 * DENSE) == (DECODER + OTHER, 1_040_128)
     sp20, sp40 = DECODER * 8 // 10 + OTHER, DECODER * 6 // 10 + OTHER
     assert plan["levels"] == [
@@ -150,10 +134,10 @@ def test_run_summary(finished: Finished) -> None:
     assert {level["model_version"] for level in levels} == {1, 2}
 
 
-def test_running_again_publishes_nothing(finished: Finished) -> None:
+def test_running_again_publishes_nothing(gisp: Any, finished: Finished) -> None:
     before = _mtimes(finished.prefix)
     assert "manifest.json" in before
-    again = json.loads(_gisp("run", str(finished.recipe), "--resume", "--json").stdout)
+    again = json.loads(gisp.start_inline("run", str(finished.recipe), "--resume", "--json").stdout)
     assert again == finished.summary
     assert _mtimes(finished.prefix) == before
     from gisp_tasks.stores.registry import MlflowRegistry
@@ -162,9 +146,9 @@ def test_running_again_publishes_nothing(finished: Finished) -> None:
     assert sorted(version.version for version in versions) == [1, 2]
 
 
-def test_fused_steps_give_the_same_bytes(finished: Finished, tmp_path: Path) -> None:
+def test_fused_steps_give_the_same_bytes(gisp: Any, finished: Finished, tmp_path: Path) -> None:
     fused = json.loads(
-        _gisp(
+        gisp.start_inline(
             *("run", str(finished.recipe), "--json", "--store", f"file://{tmp_path}/store"),
             *("--set", "airflow.steps_per_task=3", "--set", f"publish.mlflow.tracking_uri=sqlite:///{tmp_path}/m.db"),
         ).stdout
@@ -182,9 +166,9 @@ def test_fused_steps_give_the_same_bytes(finished: Finished, tmp_path: Path) -> 
     assert {f"levels/{level}/model/model.safetensors" for level in ("sp20", "sp40")} <= compared
 
 
-def test_prune_finds_the_order_of_the_run(finished: Finished, tmp_path: Path) -> None:
+def test_prune_finds_the_order_of_the_run(gisp: Any, finished: Finished, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = json.loads(_gisp("prune", str(finished.recipe), "--out", str(out), "--json").stdout)
+    result = json.loads(gisp.call("prune", str(finished.recipe), "--out", str(out), "--json").stdout)
     assert result["removal_order"] == str(out / "removal_order.safetensors")
     assert result["scores"] == [str(out / f"scores-{step:04d}.safetensors") for step in range(1, 5)]
     from safetensors.numpy import load_file
@@ -201,13 +185,13 @@ def test_prune_finds_the_order_of_the_run(finished: Finished, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.35])
-def test_materialize(finished: Finished, tmp_path: Path, sparsity: float) -> None:
+def test_materialize(gisp: Any, finished: Finished, tmp_path: Path, sparsity: float) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     order, out = finished.prefix / "removal_order.safetensors", tmp_path / "level"
     arguments = ("materialize", "--model", str(finished.model), "--order", str(order), "--out", str(out))
-    printed = _gisp(*arguments, "--sparsity", str(sparsity)).stdout
+    printed = gisp.call(*arguments, "--sparsity", str(sparsity)).stdout
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert f"{parameters:,} parameters" in printed
@@ -228,29 +212,31 @@ def test_materialize(finished: Finished, tmp_path: Path, sparsity: float) -> Non
         (("--sparsity", "0.2", "--order", "missing.safetensors"), "no such file"),
     ],
 )
-def test_materialize_refuses(finished: Finished, tmp_path: Path, change: tuple[str, ...], message: str) -> None:
+def test_materialize_refuses(
+    gisp: Any, finished: Finished, tmp_path: Path, change: tuple[str, ...], message: str
+) -> None:
     order, out = finished.prefix / "removal_order.safetensors", tmp_path / "level"
     arguments = ("materialize", "--model", str(finished.model), "--order", str(order), "--out", str(out))
-    done = _gisp(*arguments, *change, status=2)
+    done = gisp.call(*arguments, *change, status=2)
     assert done.stderr.startswith("gisp: ")
     assert message in done.stderr
     assert not out.exists()
 
 
-def test_materialize_leaves_a_full_directory_alone(finished: Finished, tmp_path: Path) -> None:
+def test_materialize_leaves_a_full_directory_alone(gisp: Any, finished: Finished, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     order = finished.prefix / "removal_order.safetensors"
     arguments = ("materialize", "--model", str(finished.model), "--order", str(order), "--sparsity", "0.2")
-    done = _gisp(*arguments, "--out", str(tmp_path), status=2)
+    done = gisp.call(*arguments, "--out", str(tmp_path), status=2)
     assert "the directory is not empty" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
 @pytest.mark.parametrize("level", [0, 1], ids=["dense", "sp20"])
-def test_evaluate_agrees_with_the_run(finished: Finished, level: int) -> None:
+def test_evaluate_agrees_with_the_run(gisp: Any, finished: Finished, level: int) -> None:
     directory = finished.model if level == 0 else finished.prefix / "levels/sp20/model"
     section = ("--set", "embedded_text.windows=[128]", "--set", "embedded_text.limit_tokens=2049")
-    done = _gisp("evaluate", str(directory), "--task", "embedded_text", *section, "--json")
+    done = gisp.call("evaluate", str(directory), "--task", "embedded_text", *section, "--json")
     metrics = json.loads(done.stdout)["embedded_text"]["metrics"]
     assert metrics == finished.summary["levels"][level]["metrics"]
 
