@@ -37,7 +37,7 @@ class CommandLine:
         Not `run`, because Airflow reads its settings when it is first imported; nor with variables in ``environment``
         that another library reads then.
         """
-        assert arguments[0] != "run"
+        assert arguments[0] != "run" or "--help" in arguments
         in_place = runpy.run_path(str(_INLINE))["call"]
         with _torch_left_as_it_was(), mock.patch("gisp_tasks.tasks.prune_only.run_in_child", in_place):
             result = CliRunner().invoke(app, list(arguments), env=dict(environment))
