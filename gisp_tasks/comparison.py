@@ -59,26 +59,23 @@ def agreement(
         keep-sets: structures that both keep over structures that either keeps, by kind.
     """
     pairs = [(a, b) for a, b in itertools.combinations(orders, 2) if (a[0] == b[0]) != (a[1] == b[1])]
-    found = []
-    for a, b in pairs:
-        overlaps = {}
-        for level in pruning.levels:
-            keeps = [
-                orders[key].level(level, geometry=geometry, width_multiple=pruning.width_multiple) for key in (a, b)
-            ]
-            overlaps[level_name(level)] = _overlap(*keeps)
-        found.append(
-            {
-                "methods": [a[0], b[0]],
-                "seeds": [a[1], b[1]],
-                "rank_correlation": {
-                    "attention": _spearman(scores[a].attention, scores[b].attention),
-                    "mlp": _spearman(scores[a].mlp, scores[b].mlp),
-                },
-                "overlap": overlaps,
-            }
-        )
-    return found
+    keeps = {
+        (key, level): order.level(level, geometry=geometry, width_multiple=pruning.width_multiple)
+        for key, order in orders.items()
+        for level in pruning.levels
+    }
+    return [
+        {
+            "methods": [a[0], b[0]],
+            "seeds": [a[1], b[1]],
+            "rank_correlation": {
+                "attention": _spearman(scores[a].attention, scores[b].attention),
+                "mlp": _spearman(scores[a].mlp, scores[b].mlp),
+            },
+            "overlap": {level_name(level): _overlap(keeps[a, level], keeps[b, level]) for level in pruning.levels},
+        }
+        for a, b in pairs
+    ]
 
 
 def _overlap(a: KeepSets, b: KeepSets) -> dict[str, float]:

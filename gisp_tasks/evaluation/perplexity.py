@@ -6,7 +6,7 @@ causal, so padding to the right of a sequence cannot change what is predicted be
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gisp_tasks.errors import InputError, NumericsError
+from gisp_tasks.pruning.rows import runs_of_like_length
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +106,9 @@ def solution_perplexity(
                 f"At least one token must follow the question; remove or repair this item"
             )
     fitting = _fitting(pairs, model.config.max_position_embeddings)
-    # Neighbours in length share a batch, so little of it is padding; the sort is stable, so the order is fixed.
-    fitting.sort(key=lambda pair: -len(pair[0]))
-    nll = _total_nll(model, (_padded(batch) for batch in _batches(fitting, batch_tokens)))
+    # Neighbours in length share a batch, so little of it is padding.
+    runs = runs_of_like_length([len(ids) for ids, _ in fitting], batch_tokens)
+    nll = _total_nll(model, (_padded([fitting[i] for i in run]) for run in runs))
     num_targets = sum(len(ids) - prompt for ids, prompt in fitting)
     return _result(nll, num_targets=num_targets, num_windows=len(fitting), window=None)
 
@@ -128,15 +129,6 @@ def _fitting(pairs: list[tuple[list[int], int]], context: int) -> list[tuple[lis
             context,
         )
     return fitting
-
-
-def _batches(pairs: list[tuple[list[int], int]], batch_tokens: int) -> Iterator[list[tuple[list[int], int]]]:
-    """Consecutive runs of ``pairs`` (longest first) of at most ``batch_tokens`` tokens when padded."""
-    start = 0
-    while start < len(pairs):
-        size = max(1, batch_tokens // len(pairs[start][0]))
-        yield pairs[start : start + size]
-        start += size
 
 
 def _padded(batch: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor]:

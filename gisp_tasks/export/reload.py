@@ -68,6 +68,12 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False):  # type
         raise InputError(f"the model has no tokenizer that transformers can load: {error}") from error
 
 
+def replace_weights(model: torch.nn.Module, replaced: Mapping[str, Path]) -> None:
+    """Put the tensors of safetensors files, by name, in the place of a model's own."""
+    for name, path in replaced.items():
+        model.get_parameter(name).data.copy_(load_file(path)[name])
+
+
 def prove_reload(
     base: Path,
     level: Path,
@@ -94,8 +100,7 @@ def prove_reload(
     """
     ids = torch.tensor([prompt])
     masked = load_model(base, dtype="float32", device="cpu")
-    for name, path in replaced.items():
-        masked.get_parameter(name).data.copy_(load_file(path)[name])
+    replace_weights(masked, replaced)
     _round_weights(masked, _stored_dtype(level))
     mask_model(masked, geometry, keep)
     expected, expected_tokens = _logits_and_greedy(masked, ids, greedy_tokens)

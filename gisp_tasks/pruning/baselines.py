@@ -4,7 +4,7 @@ Each returns scores in the dense shape, ready for the same global ranking as the
 
 - `random`: seeded, uniform.
 - `magnitude`: mean |w| of the structure's weights.
-- `wanda_sp`: sum of |w_ij| * |x_j| over the columns of o and down that belong to the structure, ranked within its
+- `wanda_sp`: mean of |w_ij| * |x_j| over the columns of o and down that belong to the structure, ranked within its
   layer and kind only, so that every layer loses the same share (Wanda, arXiv 2306.11695, in the structured form that
   FLAP's authors compare with).
 - `flap`: fluctuation of the input, var(x_j) * |w_j|^2, averaged over the structure's columns and standardised within
@@ -23,14 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gisp_tasks.pruning.families import FAMILIES, ROWS, kept_positions, projections_of
+from gisp_tasks.pruning.families import FAMILIES, READERS, ROWS, kept_positions, projections_of
 from gisp_tasks.pruning.importance import normalised
 from gisp_tasks.pruning.layer_stream import LayerStream, Observer
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.scores import StructureScores
 from gisp_tasks.pruning.structures import Geometry, KeepSets, LayerImportance
-
-_INPUTS = ("o", "down")
 
 
 class Moments:
@@ -75,7 +73,7 @@ def input_moments(
     found: InputMoments = {}
     for layer in range(geometry.num_layers):
         observers: dict[str, Observer] = {}
-        for role in _INPUTS:
+        for role in READERS:
             moments = found[layer, role] = Moments()
             observers[FAMILIES[geometry.family].projections[role].path] = moments.add
         stream.advance(layer, observers)
@@ -111,7 +109,7 @@ def magnitude(model: nn.Module, geometry: Geometry, protected: NDArray[np.bool_]
 def wanda_sp(
     model: nn.Module, geometry: Geometry, protected: NDArray[np.bool_], moments: InputMoments
 ) -> StructureScores:
-    """Sum of |w_ij| * |x_j| over the structure's columns, turned into its rank within layer and kind."""
+    """Mean of |w_ij| * |x_j| over the structure's columns, turned into its rank within layer and kind."""
 
     def column_scores(weight: torch.Tensor, inputs: Moments) -> torch.Tensor:
         return weight.abs().sum(dim=0) * inputs.norm
@@ -165,7 +163,7 @@ def _by_columns(
         np.full(everything.mlp.shape, np.inf, dtype=np.float32),
     )
     for layer in map(int, np.flatnonzero(~protected)):
-        for role, kind in zip(_INPUTS, (scores.attention, scores.mlp), strict=True):
+        for role, kind in zip(READERS, (scores.attention, scores.mlp), strict=True):
             columns = column_scores(_weight(model, geometry, layer, role), moments[layer, role])
             kind[layer] = columns.view(kind.shape[1], -1).mean(dim=1).cpu().numpy()
     return scores

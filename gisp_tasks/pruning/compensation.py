@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from gisp_tasks.errors import InputError
-from gisp_tasks.pruning.families import FAMILIES, kept_positions
+from gisp_tasks.pruning.families import FAMILIES, READERS, kept_positions
 from gisp_tasks.pruning.layer_stream import LayerStream, Observer
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.structures import Geometry, KeepSets
@@ -34,8 +34,6 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the ridge, relative to the mean diagonal of G_SS."""
 HELD_BACK_EVERY = 8
 """Every so manieth sequence is held back for the choice of the ridge."""
-COMPENSATED = ("o", "down")
-"""The projections that are solved anew."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +80,7 @@ def compensate(
     Raises:
         InputError: fewer than two sequences.
     """
-    if calibration.num_sequences < 2:
-        raise InputError(
-            f"pruning.compensation was asked with {calibration.num_sequences} calibration sequence; at least two are "
-            f"needed, to fit the weights on some and choose the ridge on others. Give more sequences"
-        )
+    check_sequences(calibration)
     for layer, role, gram in layer_grams(model, geometry, calibration, batch_tokens=batch_tokens, keeps=keeps):
         projection = FAMILIES[geometry.family].projections[role]
         name = f"model.layers.{layer}.{projection.path}.weight"
@@ -95,6 +89,19 @@ def compensate(
             kept = torch.from_numpy(kept_positions(geometry, keep, layer, projection.structure)).to(weight.device)
             if len(kept) < weight.shape[1]:
                 yield index, solve(name, weight, gram, kept)
+
+
+def check_sequences(calibration: CalibrationSet) -> None:
+    """Refuse what least squares cannot be fitted on.
+
+    Raises:
+        InputError: fewer than two sequences.
+    """
+    if calibration.num_sequences < 2:
+        raise InputError(
+            f"least squares (pruning.compensation) was asked, with {calibration.num_sequences} sequence to fit it on; "
+            f"at least two are needed, since the ridge is chosen on some held back. Raise the number of sequences"
+        )
 
 
 def solve(name: str, weight: torch.Tensor, gram: Gram, kept: torch.Tensor) -> Compensated:
@@ -175,7 +182,7 @@ def layer_grams(
             "down": not all(keep.mlp[layer].all() for keep in keeps),
         }
         grams, observers = {}, {}
-        for role in COMPENSATED:
+        for role in READERS:
             if lost[role]:
                 weight = model.get_parameter(f"model.layers.{layer}.{roles[role].path}.weight")
                 grams[role] = _empty_gram(weight)

@@ -11,6 +11,8 @@ from gisp_tasks.errors import InputError
 from gisp_tasks.pruning.structures import Geometry, KeepSets
 
 ROWS, COLUMNS = 0, 1
+READERS = ("o", "down")
+"""Roles of the projections that read what the attention structures and the channels of a layer compute."""
 
 
 @dataclass(frozen=True)

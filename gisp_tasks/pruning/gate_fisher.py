@@ -20,14 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gisp_tasks.pruning.families import FAMILIES
+from gisp_tasks.pruning.families import FAMILIES, READERS
 from gisp_tasks.pruning.forward import backward_pass, device_of
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.structures import Geometry, KeepSets, LayerImportance
 from gisp_tasks.pruning.surgery import live_structures
-
-# The projections whose inputs are the structures' outputs.
-_GATES = ("o", "down")
 
 
 def gate_fisher(
@@ -41,7 +38,7 @@ def gate_fisher(
     live = {
         (layer, role): mask
         for layer in layers
-        for role, mask in zip(_GATES, live_structures(geometry, keep, layer), strict=True)
+        for role, mask in zip(READERS, live_structures(geometry, keep, layer), strict=True)
     }
     sums = {key: torch.zeros(len(mask), dtype=torch.float64, device=device) for key, mask in live.items()}
     with _gates(model, geometry, sums):
@@ -49,7 +46,7 @@ def gate_fisher(
     # A row's loss is its share of a mean over G rows: (G x share)^2, averaged over G rows, leaves one factor G.
     factor = calibration.num_groups / scale**2
     return objective, {
-        layer: LayerImportance(*(sums[layer, role].cpu().numpy()[live[layer, role]] * factor for role in _GATES))
+        layer: LayerImportance(*(sums[layer, role].cpu().numpy()[live[layer, role]] * factor for role in READERS))
         for layer in layers
     }
 

@@ -6,7 +6,7 @@ used and freed before the next one runs.
 Shape legend: B sequences of a run, T tokens, D hidden, N tokens without padding, n inputs of a module.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from gisp_tasks.pruning.forward import device_of
 from gisp_tasks.pruning.objectives import CalibrationSet
+from gisp_tasks.pruning.rows import runs_of_like_length
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]
 """Is given a module's inputs [N, n], padding left out, and the sequence that each token belongs to, int64 [N]."""
@@ -41,7 +42,9 @@ class LayerStream:
 
     def __init__(self, model: nn.Module, calibration: CalibrationSet, *, batch_tokens: int) -> None:
         self._layers: Any = model.get_submodule("model.layers")
-        self._rows = [_entrance(model, calibration, members) for members in _runs(calibration, batch_tokens)]
+        lengths = (calibration.spans[:, 1] - calibration.spans[:, 0]).tolist()
+        runs = runs_of_like_length(lengths, batch_tokens)
+        self._rows = [_entrance(model, calibration, members) for members in runs]
 
     @torch.inference_mode()
     def advance(self, layer: int, observers: Mapping[str, Observer]) -> None:
@@ -102,13 +105,3 @@ def _entrance(model: nn.Module, calibration: CalibrationSet, members: list[int])
         is_token=is_token.to(device),
         sequences=torch.tensor(members).repeat_interleave(lengths).to(device),
     )
-
-
-def _runs(calibration: CalibrationSet, batch_tokens: int) -> Iterator[list[int]]:
-    """Sequences of like length, longest first, at most ``batch_tokens`` of them together, padding included."""
-    lengths = calibration.spans[:, 1] - calibration.spans[:, 0]
-    order = sorted(range(len(lengths)), key=lambda member: (-lengths[member], member))
-    while order:
-        size = max(1, batch_tokens // int(lengths[order[0]]))
-        yield order[:size]
-        order = order[size:]

@@ -10,6 +10,7 @@ A token may see what stands before it in the prefix and in its own rest, so ever
 alone, and the prefix only once. Causal attention makes that exact: no token of the prefix depends on what follows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,15 +54,21 @@ def micro_batches(rows: list[Row], max_tokens: int) -> list[list[Row]]:
         rows: in any order; those of one length stay in it.
         max_tokens: that a micro-batch may hold, padding counted; a longer row stands alone.
     """
-    lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    cut: list[list[Row]] = []
-    first = 0
-    while first < len(order):
-        size = max(1, max_tokens // int(lengths[order[first]]))
-        cut.append([rows[i] for i in order[first : first + size]])
-        first += size
-    return cut
+    return [[rows[i] for i in run] for run in runs_of_like_length([len(row.tokens) for row in rows], max_tokens)]
+
+
+def runs_of_like_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of sequences, longest first, cut into runs of at most ``max_tokens`` tokens, padding counted.
+
+    Sequences of one length stay in their order; one that is longer than ``max_tokens`` stands alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    runs = []
+    while order:
+        size = max(1, max_tokens // lengths[order[0]])
+        runs.append(order[:size])
+        order = order[size:]
+    return runs
 
 
 def _row(calibration: CalibrationSet, spans: NDArray[np.int64]) -> Row:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gisp_tasks.pruning.families import FAMILIES, ROWS, Projection, kept_positions, projections_of
+from gisp_tasks.pruning.families import FAMILIES, READERS, ROWS, Projection, kept_positions, projections_of
 from gisp_tasks.pruning.structures import BoolArray, Geometry, KeepSets
 
 
@@ -60,8 +60,8 @@ def _all_or_one_dead(kept: BoolArray) -> BoolArray:
 
 def _outputs(geometry: Geometry) -> tuple[Projection, Projection]:
     """The projections that read what the attention structures and the channels of a layer compute."""
-    projections = FAMILIES[geometry.family].projections
-    return projections["o"], projections["down"]
+    attention, mlp = (FAMILIES[geometry.family].projections[role] for role in READERS)
+    return attention, mlp
 
 
 def _held_positions(

@@ -7,7 +7,7 @@ differ, or the number of steps. All are drawn and measured once a calibration se
 import copy
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.recipe import CalibrationSection, Recipe, level_name
 from gisp_tasks.refs import canonical_json, sha256_bytes
 from gisp_tasks.stores import model_source
+from gisp_tasks.tasks.compensate import Solutions, solve_projections
 from gisp_tasks.tasks.measure import measure_model
 from gisp_tasks.tasks.resolve_model import build_calibration
 from gisp_tasks.tasks.runtime import Json, make_torch_deterministic, scratch
@@ -144,22 +145,29 @@ class _Bench:
         return self.kept(self.path("dense.json"), lambda: {**cell, **self.measure(self.base)})
 
     def path(self, name: str, *, compensation: bool = False) -> Path:
-        """A file of the directory of results, which is named by all that decides them.
+        """A file of the directory of results; those of least squares have one of their own."""
+        return (self._compensated if compensation else self._plain) / name
 
-        What least squares reads decides its own results only.
-        """
+    @cached_property
+    def _plain(self) -> Path:
+        return self._directory("cells", leave_out=("compensation", "compensation_data"))
+
+    @cached_property
+    def _compensated(self) -> Path:
+        return self._directory("compensated")
+
+    def _directory(self, kind: str, leave_out: Sequence[str] = ()) -> Path:
+        """A directory named by all that decides its results; keys of ``pruning`` that decide nothing are left out."""
         identity: Json = {
             "recipe": self.recipe.identity(),
             "model": self.model["files"],
             "package_version": __version__,
         }
-        if not compensation:
-            for key in ("compensation", "compensation_data"):
-                del identity["recipe"]["pruning"][key]
-        digest = sha256_bytes(canonical_json(identity))[:12]
-        directory = self._out / f"{'compensated' if compensation else 'cells'}-{digest}"
+        for key in leave_out:
+            del identity["recipe"]["pruning"][key]
+        directory = self._out / f"{kind}-{sha256_bytes(canonical_json(identity))[:12]}"
         directory.mkdir(parents=True, exist_ok=True)
-        return directory / name
+        return directory
 
     def kept(self, path: Path, make: Callable[[], Json]) -> Json:
         """A result from the directory, made and kept there when it is new."""
@@ -217,31 +225,23 @@ class _Seed:
 
     def compensated_cells(self, methods: Sequence[str]) -> list[Json]:
         """Every level of every method with least squares; the Gram matrices are gathered once for all."""
-        from safetensors.torch import load_file, save_file
-
-        from gisp_tasks.pruning.compensation import compensate
-
         bench, recipe = self._bench, self._bench.recipe
         wanted = [(method, level) for method in methods for level in recipe.pruning.levels]
         names = [f"{method}-seed{self._seed}-{level_name(level)}.json" for method, level in wanted]
         paths = [bench.path(name, compensation=True) for name in names]
         missing = [i for i, path in enumerate(paths) if not path.is_file()]
         with scratch() as directory:
+            solutions: dict[int, Solutions] = {}
             if missing:
                 data = bench.draw(recipe.compensation_section, self._seed).set
                 keeps = [self._keep(*wanted[i]) for i in missing]
-                solved = compensate(bench.base, bench.geometry, keeps, data, batch_tokens=bench.plan.micro_batch_tokens)
-                for index, solution in solved:
-                    # On disk: the projections of many subnetworks together are larger than a model.
-                    save_file(
-                        {solution.name: solution.weight.contiguous()}, directory / f"{missing[index]}-{solution.name}"
-                    )
+                solved = solve_projections(bench.base, bench.geometry, keeps, data, directory)
+                solutions = dict(zip(missing, solved, strict=True))
 
             def make(i: int) -> Json:
                 method, level = wanted[i]
-                weights = {k: v for path in directory.glob(f"{i}-*") for k, v in load_file(path).items()}
                 keep = self._keep(method, level)
-                return self._cell(method, level, keep, self._cut(keep, weights), compensation=True)
+                return self._cell(method, level, keep, self._cut(keep, solutions[i].weights), compensation=True)
 
             return [bench.kept(path, lambda i=i: make(i)) for i, path in enumerate(paths)]  # type: ignore[misc]
 
@@ -293,14 +293,14 @@ class _Seed:
         bench = self._bench
         return self._orders[method].level(level, geometry=bench.geometry, width_multiple=bench.limits.width_multiple)
 
-    def _cut(self, keep: KeepSets, weights: dict[str, Any]) -> Any:
+    def _cut(self, keep: KeepSets, replaced: Mapping[str, Path]) -> Any:
         """A subnetwork in memory, after some weights were replaced."""
+        from gisp_tasks.export.reload import replace_weights
         from gisp_tasks.pruning.surgery import slice_model
 
         bench = self._bench
         model = copy.deepcopy(bench.base)
-        for name, weight in weights.items():
-            model.get_parameter(name).data.copy_(weight)
+        replace_weights(model, replaced)
         slice_model(model, bench.geometry, now=KeepSets.everything(bench.geometry), wanted=keep)
         return model
 

@@ -1,8 +1,8 @@
-"""Least squares for one subnetwork: the base model loaded, its o and down solved anew, the weights left on disk."""
+"""Least squares for subnetworks of a model: their o and down solved anew, the weights left on disk."""
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ class Solutions:
         projections: by name, the ridge (None: left as it was) and the error on the sequences held back.
     """
 
-    weights: Mapping[str, Path]
-    projections: Mapping[str, Json]
+    weights: dict[str, Path]
+    projections: dict[str, Json]
 
     def record(self) -> Json:
         """What a level says of it."""
@@ -41,13 +41,15 @@ class Solutions:
         }
 
 
-def solve_projections(model: Any, geometry: Geometry, keep: KeepSets, data: CalibrationSet, out: Path) -> Solutions:
-    """Solve o and down of every layer that lost something.
+def solve_projections(
+    model: Any, geometry: Geometry, keeps: Sequence[KeepSets], data: CalibrationSet, out: Path
+) -> list[Solutions]:
+    """Solve o and down of every layer that lost something, for each subnetwork; the data is gone through once.
 
     Args:
         model: the dense model.
         geometry: of it.
-        keep: the subnetwork.
+        keeps: the subnetworks.
         data: sequences to fit on.
         out: directory for the weights, one file each, so that memory holds one layer's at a time.
     """
@@ -56,12 +58,11 @@ def solve_projections(model: Any, geometry: Geometry, keep: KeepSets, data: Cali
     from gisp_tasks.pruning.compensation import compensate
 
     out.mkdir(parents=True, exist_ok=True)
-    weights: dict[str, Path] = {}
-    projections: dict[str, Json] = {}
-    for _, solution in compensate(model, geometry, [keep], data, batch_tokens=MICRO_BATCH_TOKENS):
-        path = out / f"{solution.name}.safetensors"
+    solutions = [Solutions({}, {}) for _ in keeps]
+    for index, solution in compensate(model, geometry, keeps, data, batch_tokens=MICRO_BATCH_TOKENS):
+        path = out / f"{index}-{solution.name}.safetensors"
         save_file({solution.name: solution.weight.cpu().contiguous()}, path)
-        weights[solution.name] = path
-        projections[solution.name] = {"ridge": solution.ridge, "error": solution.error}
+        solutions[index].weights[solution.name] = path
+        solutions[index].projections[solution.name] = {"ridge": solution.ridge, "error": solution.error}
         logger.info("%s: ridge %s, error %.3f", solution.name, solution.ridge, solution.error)
-    return Solutions(weights, projections)
+    return solutions

@@ -72,7 +72,8 @@ def _compensated(run: Run, keep: KeepSets, base: Path, out: Path) -> Solutions |
         return None
     section = run.recipe.model
     model = load_model(base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
-    return solve_projections(model, run.geometry, keep, run.compensation_set(), out)
+    (solutions,) = solve_projections(model, run.geometry, [keep], run.compensation_set(), out)
+    return solutions
 
 
 def _calibration_prompt(run: Run) -> list[int]:
@@ -134,7 +135,8 @@ def materialize_from_order(
             data = _tokens(compensate, geometry)
             make_torch_deterministic()
             dense = load_model(base, dtype=written_dtype)
-            replaced = solve_projections(dense, geometry, keep, data, directory).weights
+            (solutions,) = solve_projections(dense, geometry, [keep], data, directory)
+            replaced = solutions.weights
         return write_checkpoint(base, out, geometry=geometry, keep=keep, dtype=written_dtype, replaced=replaced)
 
 

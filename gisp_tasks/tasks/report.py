@@ -83,8 +83,7 @@ def _compensation_data(run: Run) -> Json | None:
     """What least squares read; None where it was not asked for."""
     if run.recipe.pruning.compensation == "none":
         return None
-    own = run.recipe.pruning.compensation_data is not None
-    key, tokens = (Keys.COMPENSATION, Keys.COMPENSATION_TOKENS) if own else (Keys.CALIBRATION, Keys.TOKENS)
+    key, tokens = run.compensation_keys
     return {**run.read_json(key), "tokens_sha256": _digest(run, tokens)}
 
 

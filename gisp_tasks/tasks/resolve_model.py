@@ -122,13 +122,11 @@ def _compensation_data(
     """What least squares reads, where it is asked for."""
     if recipe.pruning.compensation == "none":
         return None
+    from gisp_tasks.pruning.compensation import check_sequences
+
     section = recipe.pruning.compensation_data
     data = build_calibration(recipe, section, directory, model) if section else calibration
-    if data.set.num_sequences < 2:
-        raise InputError(
-            f"pruning.compensation=least_squares was asked, with {data.set.num_sequences} sequence to fit it on; at "
-            f"least two are needed, since the ridge is chosen on some that are held back. Raise the number of sequences"
-        )
+    check_sequences(data.set)
     return data
 
 

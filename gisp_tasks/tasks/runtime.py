@@ -96,9 +96,14 @@ class Run:
         Raises:
             IntegrityError: as in `calibration`.
         """
+        return self._sequences(*self.compensation_keys)
+
+    @property
+    def compensation_keys(self) -> tuple[str, str]:
+        """Description and tokens of what least squares reads."""
         if self.recipe.pruning.compensation_data is None:
-            return self.calibration()
-        return self._sequences(Keys.COMPENSATION, Keys.COMPENSATION_TOKENS)
+            return Keys.CALIBRATION, Keys.TOKENS
+        return Keys.COMPENSATION, Keys.COMPENSATION_TOKENS
 
     def _sequences(self, *keys: str) -> CalibrationSet:
         """From the description's key and the tokens' key."""

@@ -78,3 +78,15 @@ def _torch_left_as_it_was() -> Iterator[None]:
 def gisp() -> CommandLine:
     """The command line."""
     return CommandLine()
+
+
+@pytest.fixture(scope="module")
+def mirror_of_stories(testdata: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A mirror whose "WikiText-2" is stories, which stories260K knows; `GISP_DATA_ROOT` names it."""
+    root = tmp_path_factory.mktemp("mirror")
+    (root / "wikitext2").mkdir()
+    for split, stories in (("test", "validation"), ("train", "train")):
+        (root / f"wikitext2/{split}.parquet").symlink_to(testdata / f"data/tinystories/{stories}.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GISP_DATA_ROOT", str(root))
+        yield root

@@ -24,24 +24,17 @@ METRIC = "wikitext2_ppl_token_w128"
 
 
 @pytest.fixture(scope="module")
-def recipe(testdata: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    # A mirror whose "WikiText-2" is stories, which this model knows.
-    mirror = tmp_path_factory.mktemp("mirror")
-    (mirror / "wikitext2").mkdir()
-    for split, stories in (("test", "validation"), ("train", "train")):
-        (mirror / f"wikitext2/{split}.parquet").symlink_to(testdata / f"data/tinystories/{stories}.parquet")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GISP_DATA_ROOT", str(mirror))
-        yield Recipe.parse(
-            {
-                "name": "compare",
-                "model": {"source": str(testdata / "models/stories260K"), "dtype": "float32"},
-                "calibration": {"dataset": "wikitext2", "sequences": 16, "sequence_length": 64},
-                "pruning": {"levels": [0.2, 0.4], "steps": 2, "protect": {"first_layers": 1}},
-                "evaluation": {"wikitext2": {"windows": [128], "limit_tokens": 2049}},
-                "publish": {"store": "s3://nowhere/to-be-written"},
-            }
-        )
+def recipe(testdata: Path, mirror_of_stories: Path) -> Recipe:
+    return Recipe.parse(
+        {
+            "name": "compare",
+            "model": {"source": str(testdata / "models/stories260K"), "dtype": "float32"},
+            "calibration": {"dataset": "wikitext2", "sequences": 16, "sequence_length": 64},
+            "pruning": {"levels": [0.2, 0.4], "steps": 2, "protect": {"first_layers": 1}},
+            "evaluation": {"wikitext2": {"windows": [128], "limit_tokens": 2049}},
+            "publish": {"store": "s3://nowhere/to-be-written"},
+        }
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,18 +20,6 @@ TEXT = TextEvaluation(windows=(128,), limit_tokens=2049)
 METRIC = "wikitext2_ppl_token_w128"
 
 
-@pytest.fixture(scope="module")
-def mirror(testdata: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A mirror whose "WikiText-2" is stories, which the model knows."""
-    root = tmp_path_factory.mktemp("mirror")
-    (root / "wikitext2").mkdir()
-    for split, stories in (("test", "validation"), ("train", "train")):
-        (root / f"wikitext2/{split}.parquet").symlink_to(testdata / f"data/tinystories/{stories}.parquet")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GISP_DATA_ROOT", str(root))
-        yield root
-
-
 def _recipe(testdata: Path, store: Path, **pruning: Any) -> dict[str, Any]:
     return {
         "name": "compensated",
@@ -53,7 +41,8 @@ def _level(recipe: dict[str, Any]) -> tuple[Run, Path, Path]:
     return run, Path(model["uri"].removeprefix("file://")), Path(order["uri"].removeprefix("file://"))
 
 
-def test_a_compensated_level_is_better_and_says_how_it_was_made(mirror: Path, testdata: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("mirror_of_stories")
+def test_a_compensated_level_is_better_and_says_how_it_was_made(testdata: Path, tmp_path: Path) -> None:
     own = {"dataset": "wikitext2", "sequences": 128, "sequence_length": 64, "seed": 1}
     solved = {"compensation": "least_squares", "compensation_data": own}
     run, checkpoint, order = _level(_recipe(testdata, tmp_path / "solved", **solved))
@@ -95,7 +84,8 @@ def _save_rows(run: Run, path: Path) -> None:
     np.save(path, np.stack([data.tokens[start:end] for start, end in data.spans]))
 
 
-def test_one_sequence_is_refused_before_anything_is_written(mirror: Path, testdata: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("mirror_of_stories")
+def test_one_sequence_is_refused_before_anything_is_written(testdata: Path, tmp_path: Path) -> None:
     own = {"dataset": "wikitext2", "sequences": 1, "sequence_length": 64}
     recipe = _recipe(testdata, tmp_path / "store", compensation="least_squares", compensation_data=own)
     with pytest.raises(InputError, match="at least two are needed"):

@@ -102,18 +102,22 @@ def tokens_of(config: dict, sequences: int = 6, length: int = 14, seed: int = 5)
 # ---- perplexity ----
 
 
+def referee_of_perplexity(
+    model: torch.nn.Module, tokens: np.ndarray, *, ratio: float, steps: int, batch_size: int = 2
+) -> list[referee.Iteration]:
+    """What the referee leaves after each step, by the perplexity of ``tokens`` [S, T]."""
+
+    def gradients(network: torch.nn.Module) -> Any:
+        return referee.perplexity_gradients(network, tokens.tolist(), batch_size=batch_size)
+
+    return list(referee.iterations(model, structure_ratio=ratio, num_iterations=steps, gradients=gradients))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("ratio", "steps"), [(0.7, 5), (0.4, 1)])
 def test_every_step_leaves_what_the_referee_leaves(deep, shape, ratio, steps, float64_norms):
     model, tokens = deep[shape], tokens_of(deep[shape].config)
-    expected = list(
-        referee.iterations(
-            model.load(torch.float64),
-            structure_ratio=ratio,
-            num_iterations=steps,
-            gradients=lambda m: referee.perplexity_gradients(m, tokens.tolist(), batch_size=2),
-        )
-    )
+    expected = referee_of_perplexity(model.load(torch.float64), tokens, ratio=ratio, steps=steps)
     found = keep_sets_by_step(
         model.load(torch.float64), model.config, objectives.perplexity(list(tokens)), ratio=ratio, steps=steps
     )
@@ -135,14 +139,7 @@ def test_sub_layers_without_any_structure_are_scored_and_pruned_on(deep, float64
                 network.model.layers[4].self_attn.o_proj.weight.mul_(1e-9)
                 network.model.layers[7].mlp.down_proj.weight.mul_(1e-9)
                 network.model.layers[7].mlp.up_proj.weight.mul_(1e-9)
-        expected = list(
-            referee.iterations(
-                starved[0],
-                structure_ratio=0.6,
-                num_iterations=4,
-                gradients=lambda m, t=tokens: referee.perplexity_gradients(m, t.tolist(), batch_size=3),
-            )
-        )
+        expected = referee_of_perplexity(starved[0], tokens, ratio=0.6, steps=4, batch_size=3)
         calibration = objectives.perplexity(list(tokens))
         found = keep_sets_by_step(starved[1], model.config, calibration, ratio=0.6, steps=4)
         assert_equal_steps(found, expected)
@@ -153,14 +150,7 @@ def test_sub_layers_without_any_structure_are_scored_and_pruned_on(deep, float64
 
 def test_in_float32_on_a_trained_model(stories, testdata):
     tokens = story_tokens(stories, testdata)
-    expected = list(
-        referee.iterations(
-            stories.load(),
-            structure_ratio=0.7,
-            num_iterations=6,
-            gradients=lambda m: referee.perplexity_gradients(m, tokens.tolist(), batch_size=2),
-        )
-    )
+    expected = referee_of_perplexity(stories.load(), tokens, ratio=0.7, steps=6)
     assert min(iteration.gap for iteration in expected) > SAFE_GAP, "another seed: float32 cannot decide on this data"
     calibration = objectives.perplexity(list(tokens))
     for micro_batch in (2, 12):
@@ -244,14 +234,7 @@ def test_ties_and_dead_structures_go_together(deep, shape, float64_norms):
             if shape == "mha":
                 network.model.layers[6].self_attn.v_proj.weight[: model.config["head_dim"]] = 0
                 network.model.layers[6].self_attn.k_proj.weight[: model.config["head_dim"]] = 0
-    expected = list(
-        referee.iterations(
-            networks[0],
-            structure_ratio=0.6,
-            num_iterations=5,
-            gradients=lambda m: referee.perplexity_gradients(m, tokens.tolist(), batch_size=2),
-        )
-    )
+    expected = referee_of_perplexity(networks[0], tokens, ratio=0.6, steps=5)
     calibration = objectives.perplexity(list(tokens))
     found = keep_sets_by_step(networks[1], model.config, calibration, ratio=0.6, steps=5)
     assert_equal_steps(found, expected)
@@ -399,14 +382,7 @@ def test_gisp_prune_of_token_ids_is_the_referees(build_tiny, stories, tmp_path: 
         {"dataset": "tokens", "path": str(tmp_path / "tokens.npy"), "sequences": 8, "sequence_length": 20},
         pruning={"levels": [0.2], "steps": 5},
     )
-    expected = list(
-        referee.iterations(
-            model.load(),
-            structure_ratio=0.7,
-            num_iterations=5,
-            gradients=lambda m: referee.perplexity_gradients(m, tokens.tolist(), batch_size=2),
-        )
-    )
+    expected = referee_of_perplexity(model.load(), tokens, ratio=0.7, steps=5)
     assert min(iteration.gap for iteration in expected) > SAFE_GAP, "another seed: float32 cannot decide on this data"
     assert_equal_steps(_by_step(order, 5), expected)
 
