@@ -196,7 +196,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure any checkpoint as the pipeline does. Code that it carries is run, as for a level of a run."""
-    from gisp_tasks.recipe_input import apply_settings
+    from gisp_tasks.recipe.reading import apply_settings
     from gisp_tasks.tasks.measure import measure
 
     chosen: dict[str, Any] = {name: {} for name in task}

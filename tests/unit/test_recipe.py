@@ -8,7 +8,7 @@ import yaml
 
 from gisp_tasks.errors import InputError
 from gisp_tasks.recipe import ProblemEvaluation, Recipe, level_name
-from gisp_tasks.recipe_input import MAX_RECIPE_BYTES
+from gisp_tasks.recipe.reading import MAX_RECIPE_BYTES
 
 BASE = {
     "name": "demo",

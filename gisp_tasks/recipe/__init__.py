@@ -1,0 +1,171 @@
+"""The recipe: everything a user asks for, in one frozen value. The only reader of user input.
+
+A recipe is a YAML file. Unknown keys, wrong types and values out of range are refused here, before anything
+is loaded, with one message that says what was asked, what is allowed and what to do. What can only be known
+with the model and the data in hand is checked by `resolve_model`, before the first byte of a run is written.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from gisp_tasks.recipe.evaluation import ChoiceEvaluation, EvaluationSection, ProblemEvaluation, TextEvaluation
+from gisp_tasks.recipe.method import (
+    REFERENCE_PROTECT,
+    REFERENCE_STRUCTURE_RATIO,
+    ImportanceSection,
+    ProtectSection,
+    PruningSection,
+    level_name,
+)
+from gisp_tasks.recipe.publish import AirflowSection, GateSection, MlflowSection, PublishSection
+from gisp_tasks.recipe.reading import apply_settings, read_mapping, set_value
+from gisp_tasks.recipe.section import Section
+from gisp_tasks.recipe.sources import (
+    COMMONSENSE_TASKS,
+    FILE_DATASETS,
+    ITEM_DATASETS,
+    NAMED_DATASETS,
+    CalibrationSection,
+    ModelSection,
+)
+from gisp_tasks.refs import canonical_json
+
+__all__ = [
+    "COMMONSENSE_TASKS",
+    "FILE_DATASETS",
+    "ITEM_DATASETS",
+    "NAMED_DATASETS",
+    "REFERENCE_PROTECT",
+    "AirflowSection",
+    "CalibrationSection",
+    "ChoiceEvaluation",
+    "EvaluationSection",
+    "GateSection",
+    "ImportanceSection",
+    "MlflowSection",
+    "ModelSection",
+    "ProblemEvaluation",
+    "ProtectSection",
+    "PruningSection",
+    "PublishSection",
+    "Recipe",
+    "TextEvaluation",
+    "level_name",
+]
+
+
+class Recipe(Section):
+    """One model, one ladder."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    """Names the DAG and, by default, everything a user sees."""
+    model: ModelSection
+    calibration: CalibrationSection
+    objective: Literal["perplexity", "margin"] = "perplexity"
+    """`perplexity`: mean token cross-entropy of the calibration sequences. `margin`: mean cross-entropy of the correct
+    answers minus that of the wrong ones, for data sets of items (`commonsense_qa`, `items`)."""
+    importance: ImportanceSection = ImportanceSection()
+    pruning: PruningSection = PruningSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    publish: PublishSection
+    airflow: AirflowSection = AirflowSection()
+
+    @model_validator(mode="after")
+    def _gate_has_its_measure(self) -> "Recipe":
+        if self.publish.gate.max_perplexity_ratio is not None and self.evaluation.perplexity_task is None:
+            raise ValueError(
+                "publish.gate.max_perplexity_ratio is set, but the recipe has no text evaluation to measure it; "
+                "add evaluation.wikitext2 (or embedded_text), or set publish.gate.max_perplexity_ratio to null"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pruning_of_the_reference(cls, value: Any) -> Any:
+        """What the compatibility mode reads where a recipe does not say it."""
+        if not isinstance(value, dict):
+            return value
+        importance, pruning = value.get("importance"), value.get("pruning", {})
+        reference = isinstance(importance, dict) and importance.get("compat") == "reference"
+        if not reference or not isinstance(pruning, dict):
+            return value
+        ratio, protect = pruning.get("structure_ratio"), pruning.get("protect", {})
+        filled = {
+            "structure_ratio": REFERENCE_STRUCTURE_RATIO if ratio is None else ratio,
+            "protect": {**REFERENCE_PROTECT, **protect} if isinstance(protect, dict) else protect,
+        }
+        return {**value, "pruning": {**pruning, **filled}}
+
+    @model_validator(mode="after")
+    def _compat_has_its_own_pruning(self) -> "Recipe":
+        if self.importance.compat == "default":
+            if self.pruning.structure_ratio is not None:
+                raise ValueError(
+                    f"pruning.structure_ratio={self.pruning.structure_ratio:g} was set, but importance.compat=default "
+                    f"counts parameters, up to the last of pruning.levels; remove structure_ratio, or set "
+                    f"importance.compat: reference"
+                )
+        elif self.pruning.protect != ProtectSection(**REFERENCE_PROTECT):
+            raise ValueError(
+                "pruning.protect was changed, but importance.compat=reference protects the layers that the reference "
+                "code skips (the first tenth and the last) and keeps no minimum in the others; remove pruning.protect, "
+                "or set importance.compat: default"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits_the_data(self) -> "Recipe":
+        dataset = self.calibration.dataset
+        if self.objective == "margin" and dataset not in ITEM_DATASETS:
+            raise ValueError(
+                f"objective=margin compares correct with wrong answers, and calibration.dataset={dataset} has none; "
+                f"use calibration.dataset: {' or '.join(ITEM_DATASETS)}, or objective: perplexity"
+            )
+        if self.objective == "perplexity" and dataset in ITEM_DATASETS:
+            raise ValueError(
+                f"objective=perplexity would teach the wrong answers of calibration.dataset={dataset} too; use "
+                f"objective: margin, or a data set of text"
+            )
+        return self
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """`sp20` for parameter sparsity 0.2, and so on."""
+        return tuple(level_name(level) for level in self.pruning.levels)
+
+    @property
+    def compensation_section(self) -> CalibrationSection:
+        """What least squares reads."""
+        return self.pruning.compensation_data or self.calibration
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of a run: all but the addresses it is published to and how it is scheduled."""
+        value = self.model_dump(mode="json", exclude={"airflow"})
+        del value["publish"]["store"]
+        if value["publish"]["mlflow"]:
+            del value["publish"]["mlflow"]["tracking_uri"]
+        return value
+
+    def to_json(self) -> bytes:
+        """Canonical JSON of the whole recipe."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path | str, settings: tuple[str, ...] = (), store: str | None = None) -> "Recipe":
+        """Read a recipe file.
+
+        Args:
+            path: the YAML file.
+            settings: ``key.path=value`` overrides, values in YAML.
+            store: replaces ``publish.store``.
+
+        Raises:
+            InputError: the file is missing or too large, is not a YAML mapping, or asks for what is not allowed.
+        """
+        value = read_mapping(Path(path))
+        apply_settings(value, settings, cls)
+        if store is not None:
+            set_value(value, ("publish", "store"), store, origin="--store")
+        return cls.parse(value, origin=str(path))

@@ -1,0 +1,79 @@
+"""What every level is measured on."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from gisp_tasks.recipe.section import Section
+
+
+class TextEvaluation(Section):
+    """Token perplexity in non-overlapping windows; the window is part of the metric's name."""
+
+    windows: tuple[Annotated[int, Field(ge=2)], ...] = Field(default=(128, 2048), min_length=1, max_length=8)
+    """Tokens a window; one longer than the model's context becomes the model's context."""
+    limit_tokens: int | None = Field(default=None, ge=2)
+    """Evaluate on this many leading tokens only; null: all."""
+
+    @model_validator(mode="after")
+    def _limit_holds_a_window(self) -> Self:
+        if self.limit_tokens is not None and self.limit_tokens < max(self.windows):
+            raise ValueError(
+                f"limit_tokens={self.limit_tokens} is less than the window of {max(self.windows)} tokens, so nothing "
+                f"could be measured in it; raise limit_tokens or drop that window"
+            )
+        return self
+
+
+class ProblemEvaluation(Section):
+    """Exact match through lm-eval, and token perplexity of the reference solutions."""
+
+    shots: int = Field(default=5, ge=0, le=32)
+    """Solved examples before each question."""
+    limit: int | None = Field(default=None, ge=0)
+    """Problems to solve by generation; null: all; 0: none, only the perplexity of solutions is taken."""
+    max_new_tokens: int = Field(default=256, ge=1, le=4096)
+    """Longest answer."""
+    batch_size: int = Field(default=8, ge=1, le=1024)
+    """Problems answered at once; scores depend on it, so it is recorded."""
+    limit_solutions: int | None = Field(default=None, ge=1)
+    """Reference solutions whose perplexity is taken; null: all."""
+
+
+class ChoiceEvaluation(Section):
+    """Accuracy on BoolQ, ARC-Easy, ARC-Challenge, HellaSwag, OpenBookQA, WinoGrande and PIQA through lm-eval."""
+
+    shots: int = Field(default=0, ge=0, le=32)
+    """Solved examples, of the train split, before each question."""
+    limit: int | None = Field(default=None, ge=1)
+    """Questions of each task, the first of its file; null: all."""
+    batch_size: int = Field(default=8, ge=1, le=1024)
+    """Answers weighed at once; scores depend on it in the last digits, so it is recorded."""
+    split: Literal["validation", "test"] = "validation"
+    """`test`: what lm-eval itself evaluates, which is the test split of ARC and OpenBookQA and validation elsewhere
+    (the other test splits have no labels)."""
+
+
+class EvaluationSection(Section):
+    """What every level, and the dense model, is measured on. Leave a key out to skip its task."""
+
+    wikitext2: TextEvaluation | None = None
+    """Token perplexity of the WikiText-2 (raw) test split."""
+    gsm8k: ProblemEvaluation | None = None
+    """Grade-school word problems, test split."""
+    commonsense_qa: ChoiceEvaluation | None = None
+    """Seven multiple-choice tasks and their mean."""
+    embedded_text: TextEvaluation | None = None
+    """Token perplexity of the held-back part of the reference text that CPython ships. Works offline."""
+    embedded_arithmetic: ProblemEvaluation | None = None
+    """Generated arithmetic word problems in GSM8K's schema. Works offline."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the evaluations asked for, in the order of this class."""
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def perplexity_task(self) -> str | None:
+        """The text evaluation whose first window the gate and the report's curve read."""
+        return next((name for name in self.tasks if isinstance(getattr(self, name), TextEvaluation)), None)

@@ -1,0 +1,63 @@
+"""Which model, and the text whose loss decides."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from gisp_tasks.recipe.section import Section
+
+NAMED_DATASETS = ("c4", "wikitext2", "gsm8k", "commonsense_qa", "embedded", "embedded_arithmetic")
+FILE_DATASETS = ("tokens", "text", "items")
+ITEM_DATASETS = ("commonsense_qa", "items")
+# The tasks of `commonsense_qa`, in the order of the published calibration set.
+COMMONSENSE_TASKS = ("boolq", "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "winogrande", "piqa")
+
+
+class ModelSection(Section):
+    """Which weights are pruned."""
+
+    source: str = Field(min_length=1, max_length=1024)
+    """A model id of the Hugging Face hub, a local directory, or an s3:// prefix; safetensors only."""
+    revision: str | None = None
+    """Hub commit (40 hex digits) or branch; a branch, or null for `main`, is resolved to a commit at the start."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the weights while scoring and in the checkpoints; gradients accumulate in float32 in any case."""
+    trust_remote_code: bool = False
+    """Allow Python code that the model repository ships. Off by default; recorded in the manifest when on."""
+
+
+class CalibrationSection(Section):
+    """The text whose loss decides what is removed."""
+
+    dataset: Literal[
+        "c4", "wikitext2", "gsm8k", "commonsense_qa", "embedded", "embedded_arithmetic", "tokens", "text", "items"
+    ]
+    """A named data set, or one's own file: `tokens` (.npy, .safetensors), `text` (.txt, .jsonl, .parquet) or `items`
+    (.jsonl). `commonsense_qa` is BoolQ, PIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge and OpenBookQA."""
+    split: str = "train"
+    """Split of a named data set. For `commonsense_qa`, `train_surrogate` takes a mirror's rows of that name where a
+    task has them, and `train` elsewhere; the record names each."""
+    path: str | None = None
+    """The file, for `tokens`, `text` and `items`."""
+    sequences: int = Field(default=2000, ge=1, le=1_000_000)
+    """How many sequences are drawn. For `commonsense_qa` and `items`, sequences x sequence_length is a budget of
+    tokens, counted over all candidates of an item; `commonsense_qa` splits it evenly over its seven tasks."""
+    sequence_length: int = Field(default=256, ge=2, le=131_072)
+    """Tokens a sequence. For gsm8k, `commonsense_qa` and `items` the longest that is taken: an item with a longer
+    candidate is skipped, and counted."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the draw."""
+    overlap: Literal["refuse", "accept"] = "refuse"
+    """What is done when the sequences overlap what the recipe's evaluations measure: the run is refused, or goes on
+    and its record says so."""
+
+    @model_validator(mode="after")
+    def _path_belongs_to_files(self) -> Self:
+        if self.dataset in FILE_DATASETS and not self.path:
+            raise ValueError(f"dataset={self.dataset} needs `path`, the file to read, and none was given")
+        if self.dataset in NAMED_DATASETS and self.path is not None:
+            raise ValueError(
+                f"path={self.path!r} was given with dataset={self.dataset}, which has no path; "
+                f"use dataset: text, tokens or items to read a file, or remove `path`"
+            )
+        return self
