@@ -33,8 +33,9 @@ test: setup  ## the fast suite
 test-slow: setup  ## minutes: kill -9 at ten moments, Airflow's own scheduler, SmolLM2-135M
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-benchmark: setup  ## minutes: cost of a scoring pass against one of the reference's shape, on SmolLM2-135M
+benchmark: setup  ## minutes: cost of scoring beside the reference's, and memory of materialize
 	$(BIN)/python tests/benchmarks/scoring.py
+	$(BIN)/python tests/benchmarks/materialize.py
 
 lint: setup  ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -160,9 +160,11 @@ def prune(
 @_reports_errors
 def materialize(
     model: Annotated[str, typer.Option("--model", metavar="M", help="The base model: hub id, directory, s3://.")],
-    order: Annotated[Path, typer.Option("--order", metavar="F", help="removal_order.safetensors of a run.")],
+    order: Annotated[str, typer.Option("--order", metavar="F", help="removal_order.safetensors of a run, or s3://.")],
     sparsity: Annotated[float, typer.Option("--sparsity", help="Parameter sparsity, up to the order's end.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A directory that is empty or not there yet.")],
+    out: Annotated[
+        str, typer.Option("--out", metavar="DIR", help="A directory that is empty or not there yet, or s3://.")
+    ],
     width_multiple: Annotated[int, typer.Option(help="MLP widths are rounded up to a multiple of this.")] = 32,
     dtype: Annotated[str | None, typer.Option(help="Type of the weights; by default the model's own.")] = None,
     compensate: Annotated[
@@ -193,20 +195,30 @@ def evaluate(
         list[str], typer.Option("--set", metavar="TASK.KEY=VALUE", help="As in a recipe's `evaluation`.")
     ] = [],  # noqa: B006 - typer copies it
     dtype: Annotated[str, typer.Option(help="Type to hold the weights in.")] = "float32",
+    dense: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The model that `--task speed` is compared with, in turn.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure any checkpoint as the pipeline does. Code that it carries is run, as for a level of a run."""
     from gisp_tasks.recipe.reading import apply_settings
-    from gisp_tasks.tasks.measure import measure
+    from gisp_tasks.tasks.measure import measure, measure_speed
 
+    if dense is not None and "speed" not in task:
+        raise InputError(f"--dense {dense} was given, and only `--task speed` reads it; add that task, or leave it out")
     chosen: dict[str, Any] = {name: {} for name in task}
     apply_settings(chosen, tuple(settings), EvaluationSection)
     section = EvaluationSection.parse(chosen, origin="--task")
-    if not (checkpoint / "config.json").is_file():
-        raise InputError(f"{checkpoint}: no config.json was found; give the directory of a Hugging Face checkpoint")
+    for directory in (checkpoint, *([dense] if dense else [])):
+        if not (directory / "config.json").is_file():
+            raise InputError(f"{directory}: no config.json was found; give the directory of a Hugging Face checkpoint")
     results = {
-        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=True) for name in task
+        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=True)
+        for name in task
+        if name != "speed"
     }
+    if section.speed is not None:
+        results["speed"] = measure_speed(checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=True)
     if as_json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return

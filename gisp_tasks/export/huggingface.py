@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from gisp_tasks.errors import InputError
 from gisp_tasks.export.safetensors_stream import TensorPlan, shards, write_safetensors
@@ -61,14 +60,13 @@ def write_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((base / "config.json").read_text())
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    with _OpenCheckpoint(base, replaced) as source:
-        tensors = list(_planned_tensors(source, config, geometry, keep))
-        files = shards(tensors, dtype=torch_dtype, max_bytes=SHARD_BYTES)
-        weight_map: dict[str, str] = {}
-        for number, part in enumerate(files, 1):
-            name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            write_safetensors(out / name, part, dtype=torch_dtype)
-            weight_map.update({plan.name: name for plan in part})
+    tensors = list(_planned_tensors(_Checkpoint(base, replaced), config, geometry, keep))
+    files = shards(tensors, dtype=torch_dtype, max_bytes=SHARD_BYTES)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(files, 1):
+        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        write_safetensors(out / name, part, dtype=torch_dtype)
+        weight_map.update({plan.name: name for plan in part})
     if len(files) > 1:
         total = sum(plan.num_bytes(torch_dtype) for plan in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -105,43 +103,39 @@ def pruned_config(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets,
     }
 
 
-class _OpenCheckpoint:
-    """The safetensors files of a model directory, opened lazily, addressed by tensor name; some tensors replaced."""
+class _Checkpoint:
+    """The tensors of a model directory by name; some of them replaced.
+
+    A file is opened for one tensor at a time: pages of an open file stay in memory once they were read, up to the
+    whole model.
+    """
 
     def __init__(self, directory: Path, replaced: Mapping[str, Path]) -> None:
         self._replaced = replaced
         index = directory / _INDEX
-        weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else None
-        names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
-        self._paths = {name: directory / name for name in names}
-        self._files: dict[str, Any] = {}
-        self._file_of: dict[str, str] = weight_map or {}
-
-    def __enter__(self) -> "_OpenCheckpoint":
-        for name, path in self._paths.items():
-            self._files[name] = safe_open(path, framework="pt")
-            self._file_of.update(dict.fromkeys(self._files[name].keys(), name))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.clear()
+        weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._path_of: dict[str, Path] = {}
+        for path in sorted({directory / name for name in weight_map.values()} or {directory / "model.safetensors"}):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+                    self._path_of[name] = path
 
     def names(self) -> list[str]:
-        return sorted(self._file_of)
+        return sorted(self._path_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+        return self._shapes[name]
 
     def tensor(self, name: str) -> torch.Tensor:
-        if name in self._replaced:
-            replacement: torch.Tensor = load_file(self._replaced[name])[name]
-            return replacement
-        tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
+        with safe_open(self._replaced.get(name, self._path_of[name]), framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
 
 def _planned_tensors(
-    source: _OpenCheckpoint, config: Mapping[str, Any], geometry: Geometry, keep: KeepSets
+    source: _Checkpoint, config: Mapping[str, Any], geometry: Geometry, keep: KeepSets
 ) -> Iterator[TensorPlan]:
     """Every tensor of the base model, sliced where a projection says so."""
     cuts = _cuts(config, geometry, keep)

@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
 
     Raises:
         InputError: the levels or the structure ratio cannot be reached with what the recipe protects, or the
-            sequences are longer than the model's context.
+            sequences (or the prompt of the speed report) are longer than the model's context.
     """
     limits = limits_of(recipe.pruning.protect, recipe.pruning.width_multiple, geometry.num_layers)
     _check_reach(recipe, geometry, limits)
@@ -112,6 +112,8 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
                 f"{name}.sequence_length={section.sequence_length} is more than the model's context of "
                 f"{geometry.max_positions} tokens; lower it"
             )
+    if recipe.evaluation.speed is not None:
+        recipe.evaluation.speed.require_context(geometry.max_positions)
     size = DTYPE_BYTES[recipe.model.dtype]
     dense = geometry.decoder_parameters + geometry.other_parameters
     level_plans = []

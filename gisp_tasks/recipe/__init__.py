@@ -10,7 +10,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gisp_tasks.recipe.evaluation import ChoiceEvaluation, EvaluationSection, ProblemEvaluation, TextEvaluation
+from gisp_tasks.recipe.evaluation import (
+    ChoiceEvaluation,
+    EvaluationSection,
+    ProblemEvaluation,
+    SpeedEvaluation,
+    TextEvaluation,
+)
 from gisp_tasks.recipe.method import (
     REFERENCE_PROTECT,
     REFERENCE_STRUCTURE_RATIO,
@@ -51,6 +57,7 @@ __all__ = [
     "PruningSection",
     "PublishSection",
     "Recipe",
+    "SpeedEvaluation",
     "TextEvaluation",
     "level_name",
 ]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gisp_tasks.data import calibration as calibration_data
-from gisp_tasks.errors import InputError
+from gisp_tasks.errors import InputError, IntegrityError
 from gisp_tasks.pruning.families import geometry_of
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.plan import DTYPE_BYTES, Keys
@@ -16,6 +16,7 @@ from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.recipe import CalibrationSection, ModelSection
 from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.stores import model_source
+from gisp_tasks.stores.artifacts import Store, open_store
 from gisp_tasks.tasks.compensate import Solutions, solve_projections
 from gisp_tasks.tasks.runtime import Json, Run, make_torch_deterministic, scratch
 from gisp_tasks.tasks.score import load_order
@@ -85,9 +86,9 @@ def _calibration_prompt(run: Run) -> list[int]:
 
 def materialize_from_order(
     model: str,
-    order: Path,
+    order: str,
     *,
-    out: Path,
+    out: str,
     sparsity: float,
     width_multiple: int,
     dtype: str | None,
@@ -97,8 +98,9 @@ def materialize_from_order(
 
     Args:
         model: hub id, directory or s3:// prefix.
-        order: the file.
-        out: a directory that is empty or not there.
+        order: the file, or its s3:// address.
+        out: a directory that is empty or not there, or an s3:// prefix with nothing below it; there the level is
+            published as a run's levels are, and its listing as ``<prefix>.json``.
         sparsity: parameter sparsity.
         width_multiple: rounding of MLP widths.
         dtype: of the weights; None: the model's own.
@@ -109,15 +111,11 @@ def materialize_from_order(
             cannot be used.
     """
     from gisp_tasks.export.huggingface import write_checkpoint
-    from gisp_tasks.export.reload import load_model
 
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out}: the directory is not empty; give one that is, or that does not exist yet")
-    if not order.is_file():
-        raise InputError(f"--order {order}: no such file; give the removal_order.safetensors of a run")
+    destination = _destination(out)
     dtypes = ", ".join(DTYPE_BYTES)
     record = model_source.resolve(ModelSection(source=model))
-    removal_order, metadata = RemovalOrder.load(order)
+    removal_order, metadata = _load_order(order)
     geometry = geometry_of(record["config"], granularity=metadata["granularity"])
     written_dtype = dtype or record["config"].get("dtype") or record["config"].get("torch_dtype") or "float32"
     if written_dtype not in DTYPE_BYTES:
@@ -132,12 +130,54 @@ def materialize_from_order(
     with scratch() as directory:
         replaced: Mapping[str, Path] = {}
         if compensate is not None:
+            from gisp_tasks.export.reload import load_model
+
             data = _tokens(compensate, geometry)
             make_torch_deterministic()
             dense = load_model(base, dtype=written_dtype)
             (solutions,) = solve_projections(dense, geometry, [keep], data, directory)
             replaced = solutions.weights
-        return write_checkpoint(base, out, geometry=geometry, keep=keep, dtype=written_dtype, replaced=replaced)
+        local = directory / "level" if destination else Path(out)
+        written = write_checkpoint(base, local, geometry=geometry, keep=keep, dtype=written_dtype, replaced=replaced)
+        if destination:
+            store, key = destination
+            store.put_directory(key, local)
+        return written
+
+
+def _destination(out: str) -> tuple[Store, str] | None:
+    """The store and the key of an s3:// prefix, None for a local directory; neither holds anything yet.
+
+    Raises:
+        InputError: it does, or it names a whole bucket.
+    """
+    if not out.startswith("s3://"):
+        directory = Path(out)
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise InputError(f"--out {out}: it is not an empty directory; give one that is, or that does not exist yet")
+        return None
+    parent, _, key = out.rstrip("/").rpartition("/")
+    if parent == "s3:/":
+        raise InputError(f"--out {out}: a bucket alone was found; give a prefix in it, s3://bucket/prefix")
+    store = open_store(parent)
+    if next(store.keys(key), None) is not None or store.stat(f"{key}.json") is not None:
+        raise InputError(f"--out {out}: something is stored there; give a prefix with nothing below it")
+    return store, key
+
+
+def _load_order(order: str) -> tuple[RemovalOrder, dict[str, str]]:
+    if not order.startswith("s3://"):
+        path = Path(order)
+        if not path.is_file():
+            raise InputError(f"--order {order}: no such file; give the removal_order.safetensors of a run")
+        return RemovalOrder.load(path)
+    parent, _, key = order.rpartition("/")
+    with scratch() as directory:
+        try:
+            path = open_store(parent).copy_out(key, directory / key)
+        except IntegrityError:
+            raise InputError(f"--order {order}: no such object; give the removal_order.safetensors of a run") from None
+        return RemovalOrder.load(path)
 
 
 def _tokens(path: Path, geometry: Geometry) -> CalibrationSet:

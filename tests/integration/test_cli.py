@@ -12,13 +12,14 @@ import yaml
 
 from gisp_tasks.cli import app
 from gisp_tasks.refs import DirectoryListing
+from gisp_tasks.stores.artifacts import open_store
 
 SURFACE = {
     "run": ["--json", "--resume", "--set", "--store", "recipe"],
     "plan": ["--json", "--set", "recipe"],
     "prune": ["--json", "--out", "--set", "recipe"],
     "materialize": ["--compensate", "--dtype", "--model", "--order", "--out", "--sparsity", "--width-multiple"],
-    "evaluate": ["--dtype", "--json", "--set", "--task", "checkpoint"],
+    "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "checkpoint"],
     "compare": ["--compensation", "--json", "--methods", "--out", "--seeds", "--set", "recipe"],
 }
 SUMMARY_KEYS = ["run_id", "store", "manifest_sha256", "levels"]
@@ -66,7 +67,10 @@ def finished(gisp: Any, tmp_path_factory: pytest.TempPathFactory, testdata: Path
         "model": {"source": str(model), "dtype": "float32"},
         "calibration": {"dataset": "embedded", "sequences": 16, "sequence_length": 64},
         "pruning": {"levels": [0.2, 0.4], "steps": 4},
-        "evaluation": {"embedded_text": {"windows": [128], "limit_tokens": 2049}},
+        "evaluation": {
+            "embedded_text": {"windows": [128], "limit_tokens": 2049},
+            "speed": {"prompt_tokens": 64, "new_tokens": 4, "repetitions": 2},
+        },
         "publish": {
             "store": f"file://{directory}/store",
             "mlflow": {"tracking_uri": f"sqlite:///{mlflow}", "model_name": "small-gisp"},
@@ -228,7 +232,7 @@ def test_materialize_leaves_a_full_directory_alone(gisp: Any, finished: Finished
     order = finished.prefix / "removal_order.safetensors"
     arguments = ("materialize", "--model", str(finished.model), "--order", str(order), "--sparsity", "0.2")
     done = gisp.call(*arguments, "--out", str(tmp_path), status=2)
-    assert "the directory is not empty" in done.stderr
+    assert "it is not an empty directory" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
@@ -238,7 +242,59 @@ def test_evaluate_agrees_with_the_run(gisp: Any, finished: Finished, level: int)
     section = ("--set", "embedded_text.windows=[128]", "--set", "embedded_text.limit_tokens=2049")
     done = gisp.call("evaluate", str(directory), "--task", "embedded_text", *section, "--json")
     metrics = json.loads(done.stdout)["embedded_text"]["metrics"]
-    assert metrics == finished.summary["levels"][level]["metrics"]
+    assert metrics == {METRIC: finished.summary["levels"][level]["metrics"][METRIC]}
+
+
+def test_speed_of_a_level_beside_the_dense_model(finished: Finished) -> None:
+    dense, sp20, _ = (level["metrics"] for level in finished.summary["levels"])
+    assert dense["speed_weight_bytes"] == 4 * DENSE
+    assert sp20["speed_weight_bytes"] == 4 * finished.summary["levels"][1]["parameters"]
+    assert dense["speed_kv_cache_bytes_per_token"] == 5 * 4 * 2 * 8 * 4
+    config = json.loads((finished.prefix / "levels/sp20/model/config.json").read_text())
+    groups = sum(layer["num_key_value_heads"] for layer in config["per_layer_config"].values())
+    assert sp20["speed_kv_cache_bytes_per_token"] == groups * 2 * 8 * 4
+    document = json.loads((finished.prefix / "levels/sp20/evaluation/speed.json").read_text())
+    facts = document["protocol"]["speed_prefill_over_dense"]
+    for phase, tokens in (("prefill", 64), ("decode", 4)):
+        rates = {}
+        for name, measured in facts["measured"].items():
+            first, second = measured[f"{phase}_seconds"]
+            rates[name] = tokens / ((first + second) / 2)
+            assert measured[f"{phase}_tokens_per_s"] == pytest.approx(rates[name])
+        assert sp20[f"speed_{phase}_over_dense"] == pytest.approx(rates["this"] / rates["dense"])
+    assert "speed_prefill_over_dense" not in dense
+
+
+def test_speed_of_any_two_checkpoints(gisp: Any, finished: Finished) -> None:
+    level, sizes = finished.prefix / "levels/sp40/model", ("--set", "speed.prompt_tokens=32", "--json")
+    arguments = ("evaluate", str(level), "--task", "speed", *sizes, "--dense", str(finished.model))
+    metrics = json.loads(gisp.call(*arguments).stdout)["speed"]["metrics"]
+    assert metrics["speed_decode_over_dense"] > 0
+    assert metrics["speed_weight_bytes"] == finished.summary["levels"][2]["metrics"]["speed_weight_bytes"]
+    refused = gisp.call("evaluate", str(level), "--task", "embedded_text", "--dense", str(finished.model), status=2)
+    assert "only `--task speed` reads it" in refused.stderr
+    refused = gisp.call("evaluate", str(level), "--task", "speed", "--set", "speed.prompt_tokens=512", status=2)
+    assert "context is 512" in refused.stderr
+
+
+def test_materialize_from_and_to_s3(gisp: Any, finished: Finished, s3: Any) -> None:
+    store = open_store(f"s3://{s3.bucket}/archive")
+    store.put("removal_order.safetensors", finished.prefix / "removal_order.safetensors")
+    for path in finished.model.glob("*.*"):
+        store.put(f"base/{path.name}", path)
+    places = ("--model", f"{store.uri}/base", "--out", f"{store.uri}/ladder/sp20")
+    arguments = ("materialize", "--sparsity", "0.2", "--order")
+    missing = gisp.call(*arguments, f"{store.uri}/nothing.safetensors", *places, status=2)
+    assert "no such object" in missing.stderr
+    gisp.call(*arguments, f"{store.uri}/removal_order.safetensors", *places)
+    again = gisp.call(*arguments, f"{store.uri}/removal_order.safetensors", *places, status=2)
+    assert "something is stored there" in again.stderr
+    listing = store.stat("ladder/sp20.json")
+    assert listing is not None
+    written = DirectoryListing.from_bytes(store.read(listing)).files
+    published = DirectoryListing.of(finished.prefix / "levels/sp20/model").files
+    assert written == published
+    store.verify_directory("ladder/sp20")
 
 
 def _mtimes(directory: Path) -> dict[str, int]:
