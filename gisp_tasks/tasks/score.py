@@ -2,7 +2,9 @@
 
 import logging
 import resource
+import sys
 import time
+from pathlib import Path
 
 from gisp_tasks.pruning.plan import Keys
 from gisp_tasks.pruning.removal_order import RemovalOrder
@@ -100,4 +102,10 @@ def peak_bytes() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        # Not ru_maxrss, which a process on Linux begins with at what its parent held.
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    (line,) = [line for line in lines if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
