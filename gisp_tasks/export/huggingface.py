@@ -29,7 +29,7 @@ from gisp_tasks.refs import canonical_json
 
 SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
                     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
 _MODELING = "modeling_pruned"
 _CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
@@ -74,7 +74,7 @@ def write_checkpoint(
     (out / "config.json").write_bytes(canonical_json(pruned_config(config, geometry, keep, dtype)))
     module = f"{_MODELING}.py"
     (out / module).write_text((resources.files("gisp_tasks.export.modeling") / module).read_text())
-    for name in (*_TOKENIZER_FILES, "generation_config.json"):
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
     return sum(int(torch.Size(plan.shape).numel()) for plan in tensors)

@@ -150,7 +150,7 @@ class Recipe(Section):
         return self.pruning.compensation_data or self.calibration
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of a run: all but the addresses it is published to, who signs it and how it is scheduled."""
+        """What decides the bytes of a run: all but addresses, the signing key and how it is scheduled."""
         value = self.model_dump(mode="json", exclude={"airflow": True, "publish": {"store", "signing"}})
         if value["publish"]["mlflow"]:
             del value["publish"]["mlflow"]["tracking_uri"]
