@@ -116,8 +116,11 @@ class MlflowRegistry:
         self._remote = not tracking_uri.startswith(_SQLITE)
         self._database = Path(tracking_uri.removeprefix(_SQLITE))  # read only where there is no server
 
-    def check(self) -> None:
+    def check(self, *, create: bool = True) -> None:
         """Ask the tracking server one question, without MLflow's minutes of retries.
+
+        Args:
+            create: make a database file that does not exist yet, where there is no server.
 
         Raises:
             InputError: no tracking server answers at the address, or it refuses these credentials.
@@ -126,7 +129,9 @@ class MlflowRegistry:
             found, needed = self._probe_server(), "a running MLflow tracking server that accepts this user is needed"
             advice = f"Start it or correct the address; for a login: {_SET_LOGIN}"
         else:
-            found, needed = self._probe_database(), "a database file that MLflow can write is needed"
+            missing = not create and not self._database.is_file()
+            found = "there is no such file" if missing else self._probe_database()
+            needed = "a database file that MLflow can write is needed"
             advice = "Correct the path or its permissions, or name one that does not exist yet"
         if found is not None:
             raise InputError(f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; {needed}. {advice}")
