@@ -37,9 +37,10 @@ def computed_on() -> dict[str, Any]:
     """Hardware, and the settings of torch as they are now: what the last bits of a score may depend on."""
     import torch
 
+    on_gpu = torch.cuda.is_available()
     return {
         "cpu": cpu_model(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "package_sha256": package_digest(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
@@ -48,7 +49,7 @@ def computed_on() -> dict[str, Any]:
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
-        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG") if on_gpu else None,
         "seed": torch.initial_seed(),
     }
 
