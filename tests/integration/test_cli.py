@@ -111,7 +111,7 @@ def test_plan(gisp: Any, finished: Finished) -> None:
     assert plan["micro_batch_tokens"] == 2048
     # Six operations a weight and token, of the model as each step finds it.
     assert plan["scoring_flops"] == pytest.approx(6 * 16 * 64 * (4 * DENSE - DECODER * (0.1 + 0.2 + 0.3)))
-    logits, activations = 3 * 4 * 2048 * 512, 4 * 2048 * 5 * (6 * 64 + 4 * 172)
+    logits, activations = 4 * 2048 * 512, 4 * 2048 * 5 * (6 * 64 + 4 * 172)
     assert plan["scoring_bytes"] == 4 * DENSE + 4 * DECODER + logits + activations
 
 
