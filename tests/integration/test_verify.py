@@ -507,6 +507,13 @@ def test_a_deleted_version_and_a_forgotten_manifest(signed: Signed, registry: st
     assert "the manifest's digest there is None" in found[f"MLflow run of {signed.prefix.name}"]
 
 
+def test_a_finished_run_stays_finished(signed: Signed, registry: str) -> None:
+    """The summary that `gisp run` prints after the last task used to open the MLflow run again."""
+    client = _client(registry)
+    (run,) = client.search_runs([client.get_experiment_by_name("audited").experiment_id])
+    assert run.info.status == "FINISHED"
+
+
 # Replay
 
 
