@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,16 @@ Settings = Annotated[
     list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Overrides one value of the recipe; repeatable.")
 ]
 StoreUri = Annotated[str | None, typer.Option("--store", metavar="URI", help="Replaces publish.store.")]
+
+
+class LevelFormat(StrEnum):
+    """What `gisp materialize` writes."""
+
+    hf = "hf"
+    gguf = "gguf"
+
+
+GgufType = StrEnum("GgufType", ["float32", "float16", "bfloat16", "q8_0"])
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else there.")]
 
 
@@ -170,9 +181,19 @@ def materialize(
     compensate: Annotated[
         Path | None, typer.Option(metavar="TOKENS", help="Token ids (.npy, .safetensors) to fit least squares on.")
     ] = None,
+    file_format: Annotated[
+        LevelFormat, typer.Option("--format", help="A Hugging Face directory, or a file for llama.cpp.")
+    ] = LevelFormat.hf,
+    gguf_type: Annotated[
+        GgufType | None, typer.Option("--gguf-type", help="Of the matrices in the file; by default float16.")
+    ] = None,
 ) -> None:
     """Cut any level from a base model and a removal order; no accelerator needed."""
     from gisp_tasks.tasks.materialize import materialize_from_order
+
+    if gguf_type is not None and file_format is not LevelFormat.gguf:
+        raise InputError(f"--gguf-type {gguf_type.value} was given without --format gguf; add it, or leave it out")
+    matrices = gguf_type or GgufType.float16
 
     parameters = materialize_from_order(
         model,
@@ -182,6 +203,7 @@ def materialize(
         width_multiple=width_multiple,
         dtype=dtype,
         compensate=compensate,
+        gguf=matrices.value if file_format is LevelFormat.gguf else None,
     )
     sys.stdout.write(f"{out}: {level_name(sparsity)}, {parameters:,} parameters\n")
 

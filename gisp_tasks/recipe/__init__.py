@@ -17,6 +17,7 @@ from gisp_tasks.recipe.evaluation import (
     SpeedEvaluation,
     TextEvaluation,
 )
+from gisp_tasks.recipe.export import ExportSection
 from gisp_tasks.recipe.method import (
     REFERENCE_PROTECT,
     REFERENCE_STRUCTURE_RATIO,
@@ -48,6 +49,7 @@ __all__ = [
     "CalibrationSection",
     "ChoiceEvaluation",
     "EvaluationSection",
+    "ExportSection",
     "GateSection",
     "ImportanceSection",
     "MlflowSection",
@@ -76,6 +78,7 @@ class Recipe(Section):
     importance: ImportanceSection = ImportanceSection()
     pruning: PruningSection = PruningSection()
     evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection = ExportSection()
     publish: PublishSection
     airflow: AirflowSection = AirflowSection()
 

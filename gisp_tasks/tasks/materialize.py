@@ -13,7 +13,7 @@ from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.plan import DTYPE_BYTES, Keys
 from gisp_tasks.pruning.removal_order import RemovalOrder
 from gisp_tasks.pruning.structures import Geometry, KeepSets
-from gisp_tasks.recipe import CalibrationSection, ModelSection
+from gisp_tasks.recipe import CalibrationSection, ModelSection, level_name
 from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.stores import model_source
 from gisp_tasks.stores.artifacts import Store, open_store
@@ -93,6 +93,7 @@ def materialize_from_order(
     width_multiple: int,
     dtype: str | None,
     compensate: Path | None = None,
+    gguf: str | None = None,
 ) -> int:
     """Cut a level from a base model and the file of a removal order; returns the parameters written.
 
@@ -104,6 +105,7 @@ def materialize_from_order(
         sparsity: parameter sparsity.
         width_multiple: rounding of MLP widths.
         dtype: of the weights; None: the model's own.
+        gguf: write ``<level>.gguf`` with matrices of this type instead of a Hugging Face directory.
         compensate: a file of token ids to fit least squares on; the model is then loaded as a whole.
 
     Raises:
@@ -127,6 +129,10 @@ def materialize_from_order(
         )
     keep = removal_order.level(sparsity, geometry=geometry, width_multiple=width_multiple)
     base = model_source.locate(record)
+    if gguf is not None:
+        from gisp_tasks.export.gguf import require_supported
+
+        require_supported(record["config"], base)
     with scratch() as directory:
         replaced: Mapping[str, Path] = {}
         if compensate is not None:
@@ -138,11 +144,25 @@ def materialize_from_order(
             (solutions,) = solve_projections(dense, geometry, [keep], data, directory)
             replaced = solutions.weights
         local = directory / "level" if destination else Path(out)
-        written = write_checkpoint(base, local, geometry=geometry, keep=keep, dtype=written_dtype, replaced=replaced)
+        checkpoint = local if gguf is None else directory / "checkpoint"
+        written = write_checkpoint(
+            base, checkpoint, geometry=geometry, keep=keep, dtype=written_dtype, replaced=replaced
+        )
+        if gguf is not None:
+            _write_gguf(checkpoint, local, level_name(sparsity), gguf)
         if destination:
             store, key = destination
             store.put_directory(key, local)
         return written
+
+
+def _write_gguf(checkpoint: Path, out: Path, name: str, dtype: str) -> None:
+    from gisp_tasks.export.gguf import verify_gguf, write_gguf
+
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{name}.gguf"
+    write_gguf(checkpoint, file, dtype=dtype, name=name)
+    verify_gguf(checkpoint, file, dtype=dtype)
 
 
 def _destination(out: str) -> tuple[Store, str] | None:

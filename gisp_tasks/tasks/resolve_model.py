@@ -54,6 +54,10 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
     compensation = _compensation_data(parsed, directory, model, calibration)
     datasets = {name: source.describe() for name, source in evaluation_sources(parsed).items()}
     _check_loss(parsed, plan, directory, calibration.set)
+    if parsed.export.gguf != "none":
+        from gisp_tasks.export.gguf import require_supported
+
+        require_supported(model["config"], directory)
 
     identity: Json = {
         "recipe": parsed.identity(),

@@ -66,6 +66,7 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
         "keep_set_sha256": keep_set_digest(keep),
         "compensation": _compensation(this, level),
         "model": {"key": Keys.level(level, "model"), "sha256": model_ref.sha256, "size": model_ref.size},
+        "gguf": this.read_json(Keys.level(level, "gguf.json")) if this.recipe.export.gguf != "none" else None,
         "package": package,
         "evaluation": {"sha256": evaluation_ref.sha256, "metrics": evaluation["metrics"]},
         "reload": this.read_json(Keys.level(level, "reload.json")),

@@ -18,7 +18,10 @@ SURFACE = {
     "run": ["--json", "--resume", "--set", "--store", "recipe"],
     "plan": ["--json", "--set", "recipe"],
     "prune": ["--json", "--out", "--set", "recipe"],
-    "materialize": ["--compensate", "--dtype", "--model", "--order", "--out", "--sparsity", "--width-multiple"],
+    "materialize": [
+        *("--compensate", "--dtype", "--format", "--gguf-type", "--model", "--order", "--out", "--sparsity"),
+        "--width-multiple",
+    ],
     "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "checkpoint"],
     "compare": ["--compensation", "--json", "--methods", "--out", "--seeds", "--set", "recipe"],
 }
