@@ -11,7 +11,7 @@ import typer
 import yaml
 
 from gisp_tasks.cli import app
-from gisp_tasks.refs import DirectoryListing
+from gisp_tasks.refs import DirectoryListing, sha256_file
 from gisp_tasks.stores.artifacts import open_store
 
 SURFACE = {
@@ -74,6 +74,7 @@ def finished(gisp: Any, tmp_path_factory: pytest.TempPathFactory, testdata: Path
             "embedded_text": {"windows": [128], "limit_tokens": 2049},
             "speed": {"prompt_tokens": 64, "new_tokens": 4, "repetitions": 2},
         },
+        "export": {"gguf": "q8_0"},
         "publish": {
             "store": f"file://{directory}/store",
             "mlflow": {"tracking_uri": f"sqlite:///{mlflow}", "model_name": "small-gisp"},
@@ -278,6 +279,31 @@ def test_speed_of_any_two_checkpoints(gisp: Any, finished: Finished) -> None:
     assert "only `--task speed` reads it" in refused.stderr
     refused = gisp.call("evaluate", str(level), "--task", "speed", "--set", "speed.prompt_tokens=512", status=2)
     assert "context is 512" in refused.stderr
+
+
+def test_the_file_for_llama_cpp(gisp: Any, finished: Finished, tmp_path: Path) -> None:
+    import gguf
+
+    level = finished.prefix / "levels/sp20"
+    record = json.loads((level / "level.json").read_text())["gguf"]
+    file = level / "sp20.gguf"
+    assert (record["key"], record["size"], record["sha256"]) == (
+        "levels/sp20/sp20.gguf", file.stat().st_size, sha256_file(file),
+    )  # fmt: skip
+    config = json.loads((level / "model/config.json").read_text())
+    widths = [layer["intermediate_size"] for layer in config["per_layer_config"].values()]
+    assert gguf.GGUFReader(file).fields["deci.feed_forward_length"].contents() == widths
+    order = str(finished.prefix / "removal_order.safetensors")
+    arguments = ("materialize", "--model", str(finished.model), "--order", order, "--sparsity", "0.2")
+    gisp.call(*arguments, "--out", str(tmp_path / "level"), "--format", "gguf", "--gguf-type", "q8_0")
+    (again,) = (tmp_path / "level").iterdir()
+    assert again.name == "sp20.gguf"
+    found, published = (
+        {tensor.name: bytes(tensor.data) for tensor in gguf.GGUFReader(path).tensors} for path in (again, file)
+    )
+    assert found == published
+    refused = gisp.call(*arguments, "--out", str(tmp_path / "other"), "--gguf-type", "q8_0", status=2)
+    assert "without --format gguf" in refused.stderr
 
 
 def test_materialize_from_and_to_s3(gisp: Any, finished: Finished, s3: Any) -> None:

@@ -86,8 +86,8 @@ def _interleaved(values: np.ndarray, heads: int) -> np.ndarray:
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 
 
@@ -182,7 +182,10 @@ def test_vocabulary(level: Path) -> None:
     assert all(left + right in found.tokens for left, right in (merge.split(" ") for merge in found.merges or []))
 
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @pytest.mark.parametrize(
@@ -212,9 +215,8 @@ def test_sentencepiece_vocabulary(testdata: Path) -> None:
     assert found.space_prefix
     assert found.add_bos
     data = json.loads((testdata / "models" / "stories260K" / "tokenizer.json").read_text())
-    first, second = (
-        "".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in data["model"]["merges"][:2]
-    )
+    merges = data["model"]["merges"][:2]
+    first, second = ("".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in merges)
     scores = dict(zip(found.tokens, found.scores or [], strict=True))
     assert scores[first] > scores[second] > scores["<0x00>"]
 
