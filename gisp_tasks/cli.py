@@ -220,9 +220,12 @@ def evaluate(
     dense: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The model that `--task speed` is compared with, in turn.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint carries; levels need none.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure any checkpoint as the pipeline does. Code that it carries is run, as for a level of a run."""
+    """Measure any checkpoint as the pipeline does."""
     from gisp_tasks.recipe.reading import apply_settings
     from gisp_tasks.tasks.measure import measure, measure_speed
 
@@ -235,12 +238,14 @@ def evaluate(
         if not (directory / "config.json").is_file():
             raise InputError(f"{directory}: no config.json was found; give the directory of a Hugging Face checkpoint")
     results = {
-        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=True)
+        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=trust_remote_code)
         for name in task
         if name != "speed"
     }
     if section.speed is not None:
-        results["speed"] = measure_speed(checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=True)
+        results["speed"] = measure_speed(
+            checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     if as_json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return

@@ -28,8 +28,10 @@ from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.refs import canonical_json
 
 SHARD_BYTES = 5_000_000_000
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+_COPIED = (
+    *("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+)
 _MODELING = "modeling_pruned"
 _CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 
@@ -42,6 +44,7 @@ def write_checkpoint(
     keep: KeepSets,
     dtype: str,
     replaced: Mapping[str, Path] = MappingProxyType({}),
+    auto_map: bool = True,
 ) -> int:
     """Write the subnetwork ``keep`` of the model in ``base`` to ``out``, tensor by tensor.
 
@@ -52,6 +55,8 @@ def write_checkpoint(
         keep: what stays.
         dtype: of the tensors written, a torch name.
         replaced: safetensors files of tensors that stand in for those of the same name, in the dense model's shape.
+        auto_map: put the modelling file into the directory and name it in its configuration, so that the level loads
+            where this package is not installed.
 
     Returns:
         The number of parameters written.
@@ -70,12 +75,16 @@ def write_checkpoint(
         total = sum(plan.num_bytes(torch_dtype) for plan in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / INDEX).write_bytes(canonical_json(index))
-    (out / "config.json").write_bytes(canonical_json(pruned_config(config, geometry, keep, dtype)))
-    module = f"{_MODELING}.py"
-    (out / module).write_text((resources.files("gisp_tasks.export.modeling") / module).read_text())
-    for name in (*_TOKENIZER_FILES, "generation_config.json"):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, out / name)
+    written = pruned_config(config, geometry, keep, dtype)
+    if auto_map:
+        module = f"{_MODELING}.py"
+        (out / module).write_text((resources.files("gisp_tasks.export.modeling") / module).read_text())
+    else:
+        del written["auto_map"]
+    (out / "config.json").write_bytes(canonical_json(written))
+    for path in sorted(base.iterdir()):
+        if path.name in _COPIED or path.name.startswith("LICENSE"):
+            shutil.copyfile(path, out / path.name)
     return sum(int(torch.Size(plan.shape).numel()) for plan in tensors)
 
 

@@ -22,7 +22,7 @@ SURFACE = {
         *("--compensate", "--dtype", "--format", "--gguf-type", "--model", "--order", "--out", "--sparsity"),
         "--width-multiple",
     ],
-    "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "checkpoint"],
+    "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "--trust-remote-code", "checkpoint"],
     "compare": ["--compensation", "--json", "--methods", "--out", "--seeds", "--set", "recipe"],
 }
 SUMMARY_KEYS = ["run_id", "store", "manifest_sha256", "levels"]
