@@ -29,6 +29,7 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
         order: reference of the removal order that completes the level.
     """
     from gisp_tasks.export.mlmodel import write_mlmodel
+    from gisp_tasks.export.model_card import model_card
 
     this = Run.open(recipe, run)
     if done := this.store.stat(Keys.level(level, "level.json")):
@@ -72,6 +73,18 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
         "reload": this.read_json(Keys.level(level, "reload.json")),
         "gate": judge(this.recipe, geometry, evaluation["metrics"], dense["metrics"]),
     }
+    card = model_card(
+        this.recipe,
+        {**record, "protocol": evaluation["protocol"]},
+        model=this.model,
+        calibration=this.read_json(Keys.CALIBRATION),
+        dense=dense["metrics"],
+        run={"run_id": this.run_id, "dense_parameters": this.plan.dense_parameters},
+    )
+    # In the directory that users download, beside what its listing names: the checkpoint was complete before it was
+    # measured.
+    card_ref = this.store.put_bytes(Keys.level(level, "model/README.md"), card.encode())
+    package["model/README.md"] = {"sha256": card_ref.sha256, "size": card_ref.size}
     ref = this.store.put_bytes(Keys.level(level, "level.json"), canonical_json(record))
     log_metrics(this, {f"level.{name}": value for name, value in evaluation["metrics"].items()},
                 step=round(plan.sparsity * 100))  # fmt: skip

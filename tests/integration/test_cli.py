@@ -205,8 +205,7 @@ def test_materialize(gisp: Any, finished: Finished, tmp_path: Path, sparsity: fl
     ids = AutoTokenizer.from_pretrained(out)("Once upon a time", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
     if sparsity == 0.2:
-        found, published = (DirectoryListing.of(d).files for d in (out, finished.prefix / "levels/sp20/model"))
-        assert found == published
+        assert DirectoryListing.of(out).files == _checkpoint(finished)
 
 
 @pytest.mark.parametrize(
@@ -298,9 +297,30 @@ def test_materialize_from_and_to_s3(gisp: Any, finished: Finished, s3: Any) -> N
     listing = store.stat("ladder/sp20.json")
     assert listing is not None
     written = DirectoryListing.from_bytes(store.read(listing)).files
-    published = DirectoryListing.of(finished.prefix / "levels/sp20/model").files
-    assert written == published
+    assert written == _checkpoint(finished)
     store.verify_directory("ladder/sp20")
+
+
+def test_the_model_card(finished: Finished) -> None:
+    level = finished.prefix / "levels/sp20"
+    card = (level / "model/README.md").read_text()
+    record = json.loads((level / "level.json").read_text())
+    assert record["package"]["model/README.md"]["sha256"] == sha256_file(level / "model/README.md")
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    dense, sp20, _ = (entry["metrics"][METRIC] for entry in finished.summary["levels"])
+    assert f"| {METRIC} | {sp20:.4g} | {dense:.4g} | embedded / test (embedded), 2,032 tokens, windows of 128" in text
+    assert f"{record['parameters']:,} parameters instead of {DENSE:,}" in text
+    for layer, width in enumerate(record["channels"]):
+        assert f"| {layer} | {record['query_heads'][layer]} | {record['kv_groups'][layer]} | {width} |" in text
+    assert "llama-cli -m sp20.gguf" in text
+
+
+def _checkpoint(finished: Finished) -> dict[str, Any]:
+    """What was published of sp20's checkpoint; the model card came later."""
+    found = DirectoryListing.from_bytes((finished.prefix / "levels/sp20/model.json").read_bytes()).files
+    assert "README.md" not in found
+    return dict(found)
 
 
 def _mtimes(directory: Path) -> dict[str, int]:
