@@ -17,7 +17,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@touch $@
 
 lock:  ## resolve pyproject.toml anew into requirements.lock (needs uv)
-	(sed -n '/^#/p' requirements.lock; uv pip compile --quiet --python-version 3.11 --extra demo --extra dev \
+	(sed -n '/^#/p' requirements.lock; uv pip compile --quiet --python-version 3.11 --extra demo --extra dev --extra signing \
 	  --no-annotate --no-header --no-emit-find-links $(UV_FLAGS) pyproject.toml | sed 's/^torch==\([0-9.]*\)+cpu/torch==\1/') > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 

@@ -290,6 +290,44 @@ def compare(
     sys.stdout.write(f"{out / 'comparison.json'}\n")
 
 
+@app.command()
+@_reports_errors
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Prefix of a run (s3://, file://), or its manifest.json.")],
+    replay: Annotated[bool, typer.Option("--replay", help="Repeat the steps and compare the removal order.")] = False,
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM public key; checks every signature with it.")
+    ] = None,
+    registry: Annotated[bool, typer.Option(help="Compare versions, tags and aliases with the manifest.")] = True,
+    tracking_uri: Annotated[
+        str | None, typer.Option(metavar="URI", envvar="MLFLOW_TRACKING_URI", help="Where the registry is.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a finished run again and hold it against its manifest; exit status 1 where something does not hold.
+
+    One finding a line: what was checked, where, and what is so against what the record says.
+    """
+    from gisp_tasks.audit.verify import Wanted
+    from gisp_tasks.audit.verify import verify as audit
+
+    level = logging.INFO if replay else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    report = audit(run, Wanted(public_key, registry, tracking_uri, replay))
+    found = report.audit
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict(), indent=1) + "\n")
+    else:
+        for finding in found.findings:
+            sys.stdout.write(f"{finding}\n")
+        for note in found.notes:
+            sys.stdout.write(f"note       {note}\n")
+        result = "clean" if report.clean else f"{len(found.findings)} findings"
+        sys.stdout.write(f"{report.prefix}: {found.objects} objects, {found.size:,} bytes read: {result}\n")
+    if not report.clean:
+        raise typer.Exit(1)
+
+
 def _whole_numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

@@ -28,9 +28,9 @@ from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.refs import canonical_json
 
 SHARD_BYTES = 5_000_000_000
-_COPIED = (
-    *("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+TOKENIZER_FILES = (
+    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
 )
 _MODELING = "modeling_pruned"
 _CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
@@ -83,7 +83,7 @@ def write_checkpoint(
         del written["auto_map"]
     (out / "config.json").write_bytes(canonical_json(written))
     for path in sorted(base.iterdir()):
-        if path.name in _COPIED or path.name.startswith("LICENSE"):
+        if path.name in (*TOKENIZER_FILES, "generation_config.json") or path.name.startswith("LICENSE"):
             shutil.copyfile(path, out / path.name)
     return sum(int(torch.Size(plan.shape).numel()) for plan in tensors)
 

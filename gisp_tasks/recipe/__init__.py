@@ -29,6 +29,7 @@ from gisp_tasks.recipe.method import (
 from gisp_tasks.recipe.publish import AirflowSection, GateSection, MlflowSection, PublishSection
 from gisp_tasks.recipe.reading import apply_settings, read_mapping, set_value
 from gisp_tasks.recipe.section import Section
+from gisp_tasks.recipe.signing import SigningSection
 from gisp_tasks.recipe.sources import (
     COMMONSENSE_TASKS,
     FILE_DATASETS,
@@ -59,6 +60,7 @@ __all__ = [
     "PruningSection",
     "PublishSection",
     "Recipe",
+    "SigningSection",
     "SpeedEvaluation",
     "TextEvaluation",
     "level_name",
@@ -151,9 +153,8 @@ class Recipe(Section):
         return self.pruning.compensation_data or self.calibration
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of a run: all but the addresses it is published to and how it is scheduled."""
-        value = self.model_dump(mode="json", exclude={"airflow"})
-        del value["publish"]["store"]
+        """What decides the bytes of a run: all but addresses, the signing key and how it is scheduled."""
+        value = self.model_dump(mode="json", exclude={"airflow": True, "publish": {"store", "signing"}})
         if value["publish"]["mlflow"]:
             del value["publish"]["mlflow"]["tracking_uri"]
         return value

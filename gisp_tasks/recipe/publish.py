@@ -5,6 +5,7 @@ import re
 from pydantic import Field, field_validator
 
 from gisp_tasks.recipe.section import Section
+from gisp_tasks.recipe.signing import SigningSection
 
 
 class MlflowSection(Section):
@@ -41,6 +42,9 @@ class PublishSection(Section):
     """s3://bucket/prefix, or file:///directory."""
     mlflow: MlflowSection | None = None
     gate: GateSection = GateSection()
+    signing: SigningSection | None = None
+    """Sign every level and the manifest; null: nothing is signed. May be set for a run that is finished: started again,
+    it gets its signatures."""
 
     @field_validator("store")
     @classmethod

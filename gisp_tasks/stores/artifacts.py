@@ -113,11 +113,16 @@ class Store(ABC):
         return path
 
     def copy_out(self, key: str, path: Path) -> Path:
-        """Write an object that others put there, of which no digest is known, to a file; whole or not at all."""
+        """Write an object that others put there, of which no digest is known, to a file; whole or not at all.
+
+        Raises:
+            IntegrityError: there is none.
+        """
+        checked = _checked(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid4().hex}")
         try:
-            self._download(_checked(key), temporary)
+            self._download(checked, temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

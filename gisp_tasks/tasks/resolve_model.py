@@ -16,7 +16,7 @@ from gisp_tasks.pruning.ranking import limits_of
 from gisp_tasks.pruning.structures import KeepSets
 from gisp_tasks.recipe import CalibrationSection, Recipe
 from gisp_tasks.refs import canonical_json, sha256_bytes
-from gisp_tasks.stores import model_source
+from gisp_tasks.stores import model_source, signatures
 from gisp_tasks.stores.artifacts import open_store
 from gisp_tasks.stores.registry import MlflowRegistry
 from gisp_tasks.tasks.measure import evaluation_sources
@@ -47,6 +47,8 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
     if registry is not None:
         registry.check_source(parsed.publish.store)
         registry.check()
+    if parsed.publish.signing is not None:
+        signatures.check_key(parsed.publish.signing)
     model = model_source.resolve(parsed.model)
     plan = make_plan(parsed, geometry_of(model["config"], granularity=parsed.importance.granularity))
     directory = model_source.locate(model)

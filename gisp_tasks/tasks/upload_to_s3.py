@@ -11,6 +11,7 @@ from gisp_tasks.refs import ArtifactRef, canonical_json, sha256_bytes
 from gisp_tasks.tasks.gate import judge
 from gisp_tasks.tasks.runtime import Json, Run, scratch
 from gisp_tasks.tasks.score import load_order
+from gisp_tasks.tasks.sign import sign_directory
 from gisp_tasks.tasks.tracking import log_metrics
 
 logger = logging.getLogger(__name__)
@@ -31,14 +32,15 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
     from gisp_tasks.export.mlmodel import write_mlmodel
     from gisp_tasks.export.model_card import model_card
 
-    this = Run.open(recipe, run)
+    this, model_ref = Run.open(recipe, run), ArtifactRef.from_dict(model)
     if done := this.store.stat(Keys.level(level, "level.json")):
+        sign_directory(this, model_ref)  # the recipe may ask for it since
         return done.to_dict()
-    model_ref = ArtifactRef.from_dict(model)
     evaluation, dense = merged_evaluation(this, level), merged_evaluation(this, DENSE)
     plan = this.plan.level(level)
     with scratch() as directory:
         this.store.fetch_directory(model_ref, directory / "model")
+        sign_directory(this, model_ref, fetched=directory / "model")
         write_mlmodel(directory, digest=model_ref.sha256, metadata={"level": level, "run_id": this.run_id})
         package = {}
         for path in sorted(path for path in directory.rglob("*") if path.is_file()):

@@ -23,6 +23,7 @@ SURFACE = {
         "--width-multiple",
     ],
     "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "--trust-remote-code", "checkpoint"],
+    "verify": ["--json", "--public-key", "--registry", "--replay", "--tracking-uri", "run"],
     "compare": ["--compensation", "--json", "--methods", "--out", "--seeds", "--set", "recipe"],
 }
 SUMMARY_KEYS = ["run_id", "store", "manifest_sha256", "levels"]
@@ -160,14 +161,19 @@ def test_fused_steps_give_the_same_bytes(gisp: Any, finished: Finished, tmp_path
     )
     prefix = Path(fused["store"].removeprefix("file://"))
     assert prefix != finished.prefix
-    assert fused["manifest_sha256"] == finished.summary["manifest_sha256"]
     found, wanted = (DirectoryListing.of(directory).files for directory in (prefix, finished.prefix))
     assert found.keys() == wanted.keys()
-    # Timings are of a run, not of its result, and the page shows them.
+    # Timings and measured speed are of a run, not of its result; records and the page show them.
     differing = {name for name in wanted if found[name] != wanted[name]}
-    assert differing <= {"report.html", *(f"steps/{step:04d}/timing.json" for step in range(1, 5))}
+    timed = {"report.html", "manifest.json", *(f"steps/{step:04d}/timing.json" for step in range(1, 5))}
+    speed = {f"levels/{level}/evaluation/speed.json" for level in ("dense", "sp20", "sp40")}
+    records = {f"levels/{level}/{name}.json" for level in ("sp20", "sp40") for name in ("evaluation", "level")}
+    assert differing <= timed | speed | records
+    for one, other in zip(fused["levels"], finished.summary["levels"], strict=True):
+        assert one["metrics"].keys() == other["metrics"].keys()
+        assert one["metrics"][METRIC] == other["metrics"][METRIC]
     compared = wanted.keys() - differing
-    assert {"removal_order.safetensors", "steps/0003/scores.safetensors", "manifest.json"} <= compared
+    assert {"removal_order.safetensors", "steps/0003/scores.safetensors"} <= compared
     assert {f"levels/{level}/model/model.safetensors" for level in ("sp20", "sp40")} <= compared
 
 

@@ -54,11 +54,14 @@ def test_every_gisp_command_runs_as_written(tmp_path, testdata):
         "GISP_CACHE": str(tmp_path / "cache"),
     }
     shown = commands("gisp")
-    assert {shlex.split(line)[1] for line in shown} == {"plan", "run", "prune", "materialize", "evaluate", "compare"}
+    assert {shlex.split(line)[1] for line in shown} == {
+        *("plan", "run", "verify", "prune", "materialize", "evaluate", "compare"),
+    }
     for line in shown:
         directory = tmp_path / {"prune": "pruned", "compare": "compared"}.get(shlex.split(line)[1], "level")
         words = {
             "RECIPE": str(recipe),
+            "RUN": str(next(tmp_path.glob("store/runs/*"), "")),
             "DIRECTORY": str(directory),
             "MODEL_DIRECTORY": str(model),
             "model.source=MODEL_DIRECTORY": f"model.source={model}",
