@@ -25,7 +25,7 @@ from gisp_tasks.recipe.method import (
     PruningSection,
     level_name,
 )
-from gisp_tasks.recipe.publish import AirflowSection, GateSection, MlflowSection, PublishSection
+from gisp_tasks.recipe.publish import AirflowSection, EncryptionSection, GateSection, MlflowSection, PublishSection
 from gisp_tasks.recipe.reading import apply_settings, read_mapping, set_value
 from gisp_tasks.recipe.section import Section
 from gisp_tasks.recipe.sources import (
@@ -47,6 +47,7 @@ __all__ = [
     "AirflowSection",
     "CalibrationSection",
     "ChoiceEvaluation",
+    "EncryptionSection",
     "EvaluationSection",
     "GateSection",
     "ImportanceSection",
@@ -148,9 +149,9 @@ class Recipe(Section):
         return self.pruning.compensation_data or self.calibration
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of a run: all but the addresses it is published to and how it is scheduled."""
+        """What decides the bytes of a run: all but where and how it is kept, and how it is scheduled."""
         value = self.model_dump(mode="json", exclude={"airflow"})
-        del value["publish"]["store"]
+        del value["publish"]["store"], value["publish"]["encryption"]
         if value["publish"]["mlflow"]:
             del value["publish"]["mlflow"]["tracking_uri"]
         return value

@@ -35,6 +35,7 @@ _SQLITE = "sqlite:///"
 _SET_LOGIN = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 _PROBE_TIMEOUT_S = 4  # to connect, and again to answer
 _PARAMS_PER_BATCH = 100
+_VERSIONS_PER_PAGE = 500
 _MAX_PARAM_CHARACTERS = 6000
 _MAX_DIGEST_CHARACTERS = 36
 _MAX_REASON_CHARACTERS = 500
@@ -226,6 +227,18 @@ class MlflowRegistry:
             held = alias if numbers.get(alias) == number else None
             registered.append(RegisteredVersion(name=model_name, version=number, alias=held, tags=dict(version.tags)))
         return registered
+
+    def sources(self) -> list[tuple[str, str]]:
+        """Source and name (``model/version``) of every version of every registered model, this package's or not."""
+        found: list[ModelVersion] = []
+        token: str | None = None
+        with self._mapped("list all model versions"):
+            while True:
+                page = self._client.search_model_versions(max_results=_VERSIONS_PER_PAGE, page_token=token)
+                found += page
+                token = page.token
+                if not token:
+                    return [(version.source or "", f"{version.name}/{version.version}") for version in found]
 
     @cached_property
     def _client(self) -> "MlflowClient":
