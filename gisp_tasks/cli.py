@@ -198,9 +198,12 @@ def evaluate(
     dense: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The model that `--task speed` is compared with, in turn.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that DIR carries, other than a level's own.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure any checkpoint as the pipeline does. Code that it carries is run, as for a level of a run."""
+    """Measure any checkpoint as the pipeline does. The code of a level, byte for byte this package's, is run."""
     from gisp_tasks.recipe.reading import apply_settings
     from gisp_tasks.tasks.measure import measure, measure_speed
 
@@ -212,13 +215,21 @@ def evaluate(
     for directory in (checkpoint, *([dense] if dense else [])):
         if not (directory / "config.json").is_file():
             raise InputError(f"{directory}: no config.json was found; give the directory of a Hugging Face checkpoint")
+    from gisp_tasks.export.code import may_run_code
+
+    # A set, so that each of them is checked.
+    code = True in {
+        may_run_code(directory, allowed=trust_remote_code) for directory in (checkpoint, dense) if directory
+    }
     results = {
-        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=True)
+        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=code)
         for name in task
         if name != "speed"
     }
     if section.speed is not None:
-        results["speed"] = measure_speed(checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=True)
+        results["speed"] = measure_speed(
+            checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=runs_code
+        )
     if as_json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return
@@ -261,6 +272,40 @@ def compare(
         console.print(comparison.heading(result, metric), highlight=False, soft_wrap=True)
         console.print(comparison.comparison_table(result, metric))
     sys.stdout.write(f"{out / 'comparison.json'}\n")
+
+
+@app.command("prune-store")
+@_reports_errors
+def prune_store(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="publish.store of the recipes.", show_default=False)],
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=1, help="Runs that wrote anything in this many days stay.")
+    ] = 90,
+    tracking_uri: Annotated[
+        str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="The registry to ask.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it nothing is removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show, and with --yes remove, old runs that no registered version and no other run needs."""
+    if tracking_uri is None:
+        raise InputError(
+            "prune-store was asked for, and no registry was named; a run may go only when its registry says that no "
+            "level of it is a version. Give --tracking-uri, or set MLFLOW_TRACKING_URI"
+        )
+    from gisp_tasks.console import retention_table
+    from gisp_tasks.tasks import prune_store as retention
+
+    found = retention.review(store, tracking_uri=tracking_uri, keep_days=keep_days)
+    removed = retention.remove(store, found, tracking_uri=tracking_uri) if yes else None
+    if as_json:
+        gone = [run.run_id for run in removed.going] if removed else []
+        sys.stdout.write(json.dumps({**found.to_dict(), "removed": gone}, indent=1) + "\n")
+        return
+    Console().print(retention_table(found.to_dict()["runs"], title=store))
+    shown = removed or found
+    verb = "removed" if yes else "would be removed (--yes removes them)"
+    sys.stdout.write(f"{len(shown.going)} of {len(found.runs)} runs, {shown.num_bytes:,} bytes: {verb}\n")
 
 
 def _whole_numbers(text: str) -> list[int]:

@@ -82,17 +82,8 @@ def _check_code(config: Mapping[str, Any], source: str, trust_remote_code: bool)
             f"model {source}: it ships Python code of its own (auto_map in config.json), which is not run "
             f"unless the recipe allows it; read that code, then set model.trust_remote_code: true"
         )
-    if foreign := [name for name in code_names(config["auto_map"]) if "--" in name]:
+    if "--" in json.dumps(config["auto_map"]):  # REPOSITORY--module.Class
         raise InputError(
-            f"model {source}: its config.json asks for the code {foreign[0]!r} of another repository, which is not "
-            f"part of the model and has no digest in the record; only code beside the weights is allowed; copy it there"
+            f"model {source}: auto_map in its config.json names code of another repository, which is not part of the "
+            f"model and has no digest in the record; only code beside the weights is allowed; copy it there"
         )
-
-
-def code_names(auto_map: Any) -> list[str]:
-    """Every class that an ``auto_map`` names, however it is nested."""
-    if isinstance(auto_map, str):
-        return [auto_map]
-    if isinstance(auto_map, Mapping):
-        auto_map = list(auto_map.values())
-    return [name for value in auto_map for name in code_names(value)] if isinstance(auto_map, list) else []
