@@ -227,9 +227,7 @@ def evaluate(
         if name != "speed"
     }
     if section.speed is not None:
-        results["speed"] = measure_speed(
-            checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=runs_code
-        )
+        results["speed"] = measure_speed(checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=code)
     if as_json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return
