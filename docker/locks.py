@@ -54,7 +54,7 @@ def locks() -> dict[str, str]:
     roots = [Requirement(text) for text in project["dependencies"]]
     light = [root for root in roots if canonicalize_name(root.name) not in HEAVY]
     known = locked()
-    head = "# The part of requirements.lock that {} installs. Made by `make lock`; do not edit.\n"
+    head = "# The part of requirements.lock that {} installs. Made by `make images-lock`; do not edit.\n"
     return {
         "worker.lock": head.format("worker.Dockerfile") + "\n".join(closure(roots, known)) + "\n",
         "airflow.lock": head.format("airflow.Dockerfile") + "\n".join(closure(light, known)) + "\n",
@@ -65,7 +65,7 @@ def main() -> None:
     """Write them, or with --check say which are out of date."""
     stale = [name for name, text in locks().items() if _read(HERE / name) != text]
     if "--check" in sys.argv[1:]:
-        sys.exit(f"{', '.join(stale)}: out of date; run `make lock`" if stale else 0)
+        sys.exit(f"{', '.join(stale)}: out of date; run `make images-lock`" if stale else 0)
     for name, text in locks().items():
         (HERE / name).write_text(text)
 
