@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pages test test-slow benchmark lint lock clean
+.PHONY: help setup demo demo-pages test test-slow benchmark lint lock clean lint-docker images-lock
 
 help:  ## the targets and what they do
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(VENV)/installed  ## create .venv from requirements.lock (again when the lock changes)
 
@@ -20,6 +20,10 @@ lock:  ## resolve pyproject.toml anew into requirements.lock (needs uv)
 	(sed -n '/^#/p' requirements.lock; uv pip compile --quiet --python-version 3.11 --extra demo --extra dev --extra signing \
 	  --no-annotate --no-header --no-emit-find-links $(UV_FLAGS) pyproject.toml | sed 's/^torch==\([0-9.]*\)+cpu/torch==\1/') > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+	@echo 'now: make setup images-lock'
+
+images-lock: setup  ## the images' parts of requirements.lock
+	$(BIN)/python docker/locks.py
 
 demo: setup  ## a real model through Airflow into S3 and MLflow, on this machine
 	$(BIN)/python -m gisp_tasks.demo run
@@ -37,11 +41,19 @@ benchmark: setup  ## minutes: cost of scoring beside the reference's, and memory
 	$(BIN)/python tests/benchmarks/scoring.py
 	$(BIN)/python tests/benchmarks/materialize.py
 
-lint: setup  ## style, types, import contracts
+lint: setup lint-docker  ## style, types, import contracts, docker/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+lint-docker: .venv-lint/installed  ## Dockerfiles, scripts, compose file, Helm values
+	.venv-lint/bin/python docker/lint.py
+
+.venv-lint/installed: docker/requirements-lint.txt
+	$(PYTHON) -m venv --clear .venv-lint
+	.venv-lint/bin/python -m pip install --quiet --disable-pip-version-check -r docker/requirements-lint.txt
+	@touch $@
+
 clean:  ## remove the environment and the demo
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-lint demo

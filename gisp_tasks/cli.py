@@ -158,7 +158,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Calibration and steps only: writes removal_order.safetensors and the scores of each step."""
-    overrides = (*settings, "publish.mlflow=null", "airflow.steps_per_task=1")
+    overrides = (*settings, "publish.mlflow=null", "publish.encryption=null", "airflow.steps_per_task=1")
     parsed = Recipe.load(recipe, overrides, f"file://{out.absolute()}")
     from gisp_tasks.tasks.prune_only import prune_only
 
@@ -221,11 +221,11 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="The model that `--task speed` is compared with, in turn.")
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint carries; levels need none.")
+        bool, typer.Option("--trust-remote-code", help="Run code that DIR carries, other than a level's own.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure any checkpoint as the pipeline does."""
+    """Measure any checkpoint as the pipeline does. The code of a level, byte for byte this package's, is run."""
     from gisp_tasks.recipe.reading import apply_settings
     from gisp_tasks.tasks.measure import measure, measure_speed
 
@@ -237,15 +237,19 @@ def evaluate(
     for directory in (checkpoint, *([dense] if dense else [])):
         if not (directory / "config.json").is_file():
             raise InputError(f"{directory}: no config.json was found; give the directory of a Hugging Face checkpoint")
+    from gisp_tasks.export.code import may_run_code
+
+    # A set, so that each of them is checked.
+    code = True in {
+        may_run_code(directory, allowed=trust_remote_code) for directory in (checkpoint, dense) if directory
+    }
     results = {
-        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=trust_remote_code)
+        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=code)
         for name in task
         if name != "speed"
     }
     if section.speed is not None:
-        results["speed"] = measure_speed(
-            checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        results["speed"] = measure_speed(checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=code)
     if as_json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return
@@ -326,6 +330,40 @@ def verify(
         sys.stdout.write(f"{report.prefix}: {found.objects} objects, {found.size:,} bytes read: {result}\n")
     if not report.clean:
         raise typer.Exit(1)
+
+
+@app.command("prune-store")
+@_reports_errors
+def prune_store(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="publish.store of the recipes.", show_default=False)],
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=1, help="Runs that wrote anything in this many days stay.")
+    ] = 90,
+    tracking_uri: Annotated[
+        str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="The registry to ask.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it nothing is removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show, and with --yes remove, old runs that no registered version and no other run needs."""
+    if tracking_uri is None:
+        raise InputError(
+            "prune-store was asked for, and no registry was named; a run may go only when its registry says that no "
+            "level of it is a version. Give --tracking-uri, or set MLFLOW_TRACKING_URI"
+        )
+    from gisp_tasks.console import retention_table
+    from gisp_tasks.tasks import prune_store as retention
+
+    found = retention.review(store, tracking_uri=tracking_uri, keep_days=keep_days)
+    removed = retention.remove(store, found, tracking_uri=tracking_uri) if yes else None
+    if as_json:
+        gone = [run.run_id for run in removed.going] if removed else []
+        sys.stdout.write(json.dumps({**found.to_dict(), "removed": gone}, indent=1) + "\n")
+        return
+    Console().print(retention_table(found.to_dict()["runs"], title=store))
+    shown = removed or found
+    verb = "removed" if yes else "would be removed (--yes removes them)"
+    sys.stdout.write(f"{len(shown.going)} of {len(found.runs)} runs, {shown.num_bytes:,} bytes: {verb}\n")
 
 
 def _whole_numbers(text: str) -> list[int]:

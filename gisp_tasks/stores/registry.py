@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.store.entities import PagedList
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ _SQLITE = "sqlite:///"
 _SET_LOGIN = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 _PROBE_TIMEOUT_S = 4  # to connect, and again to answer
 _PARAMS_PER_BATCH = 100
+_ENTRIES_PER_PAGE = 500
 _MAX_PARAM_CHARACTERS = 6000
 _MAX_DIGEST_CHARACTERS = 36
 _MAX_REASON_CHARACTERS = 500
@@ -84,6 +86,20 @@ class RegisteredVersion:
     source: str
     alias: str | None
     tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """What a registry holds.
+
+    Args:
+        models: names of the registered models, those without a version too.
+        places: ``model/version`` -> its source, and ``/runs/<run_id>`` of its tag: a copy keeps the tag, with another
+            source.
+    """
+
+    models: frozenset[str]
+    places: Mapping[str, str]
 
 
 def alias_name(level: str) -> str:
@@ -264,6 +280,16 @@ class MlflowRegistry:
             runs = self._client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
         return dict(runs[0].data.tags) if runs else None
 
+    def inventory(self) -> "Inventory":
+        """Everything that is registered, by this package or by others."""
+        with self._mapped("list what is registered"):
+            models = list(_pages(self._client.search_registered_models))
+            versions = list(_pages(self._client.search_model_versions))
+        return Inventory(
+            models=frozenset(model.name for model in models),
+            places={f"{v.name}/{v.version}": f"{v.source} /runs/{v.tags.get(RUN_TAG, '')}" for v in versions},
+        )
+
     @cached_property
     def _client(self) -> "MlflowClient":
         from mlflow import MlflowClient
@@ -406,6 +432,16 @@ def _create_unless_there(create: Callable[[], object]) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _pages(search: "Callable[..., PagedList[Any]]") -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(max_results=_ENTRIES_PER_PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _number(version: "ModelVersion") -> int:

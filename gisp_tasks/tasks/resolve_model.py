@@ -42,7 +42,7 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
     parsed = Recipe.parse(recipe)
     if revision is not None:
         parsed = parsed.model_copy(update={"model": parsed.model.model_copy(update={"revision": revision})})
-    open_store(parsed.publish.store).check()
+    open_store(parsed.publish.store, encryption=parsed.publish.encryption).check()
     registry = MlflowRegistry(parsed.publish.mlflow.tracking_uri) if parsed.publish.mlflow else None
     if registry is not None:
         registry.check_source(parsed.publish.store)
@@ -72,7 +72,7 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
         "package_version": __version__,
     }
     run_id = sha256_bytes(canonical_json(identity))[:12]
-    store = open_store(f"{parsed.publish.store}/runs/{run_id}")
+    store = open_store(f"{parsed.publish.store}/runs/{run_id}", encryption=parsed.publish.encryption)
     if resume and store.stat(Keys.PLAN) is None:
         raise InputError(
             f"--resume was given, but {parsed.publish.store} holds no run {run_id}, which is what this recipe, model "
