@@ -21,7 +21,7 @@ from gisp_tasks.errors import GispError, InputError, PermanentError, RegistryUna
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput
+    from mlflow.entities import DatasetInput, Run
     from mlflow.entities.model_registry import ModelVersion
 
 logger = logging.getLogger(__name__)
@@ -160,8 +160,7 @@ class MlflowRegistry:
         """
         with self._mapped(f"open the MLflow run of {run_id}"):
             experiment_id = self._experiment_id(experiment)
-            found = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
-            run = found[0] if found else self._client.create_run(experiment_id, tags={RUN_TAG: run_id}, run_name=run_id)
+            run = self._only_run(experiment_id, run_id) or self._create_run(experiment_id, run_id)
             mlflow_run: str = run.info.run_id
             if run.info.status != "RUNNING":
                 self._client.update_run(mlflow_run, status="RUNNING")
@@ -203,7 +202,7 @@ class MlflowRegistry:
         """
         self.check_source(level.source)
         with self._mapped(f"register {level.level} as a version of {level.model_name}"):
-            version = self._find_version(level) or self._create_version(level)
+            version = self._only_version(level) or self._create_version(level)
             number = str(version.version)
             for key, value in level.all_tags.items():
                 if version.tags.get(key) != value:
@@ -291,20 +290,41 @@ class MlflowRegistry:
         for start in range(0, len(new), _PARAMS_PER_BATCH):
             self._client.log_batch(mlflow_run, params=new[start : start + _PARAMS_PER_BATCH])
 
-    def _find_version(self, level: LevelVersion) -> "ModelVersion | None":
+    def _only_run(self, experiment_id: str, run_id: str) -> "Run | None":
+        """The MLflow run of a pipeline run, after removing the copies that a repeated request made."""
+        runs = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'")
+        runs = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+        for copy in runs[1:]:
+            logger.warning("MLflow run %s is a copy of %s: removed", copy.info.run_id, runs[0].info.run_id)
+            self._client.delete_run(copy.info.run_id)
+        return runs[0] if runs else None
+
+    def _create_run(self, experiment_id: str, run_id: str) -> "Run":
+        created = self._client.create_run(experiment_id, tags={RUN_TAG: run_id}, run_name=run_id)
+        # MLflow's client sends a request again when its answer was lost, so one call may have made two.
+        return self._only_run(experiment_id, run_id) or created
+
+    def _only_version(self, level: LevelVersion) -> "ModelVersion | None":
+        """The version of a level, after removing the copies that a repeated request made."""
         found = self._client.search_model_versions(
             f"name = '{level.model_name}' and tag.`{DIGEST_TAG}` = '{level.digest}' "
             f"and tag.`{LEVEL_TAG}` = '{level.level}' and tag.`{RUN_TAG}` = '{level.run_id}'"
         )
         # The same run published to another store is another version: the old address may be gone.
-        return min((v for v in found if v.source == level.source), key=_number, default=None)
+        versions = sorted((v for v in found if v.source == level.source), key=_number)
+        for copy in versions[1:]:
+            logger.warning("Version %s of %s is a copy of %s: removed", copy.version, copy.name, versions[0].version)
+            self._client.delete_model_version(copy.name, str(copy.version))
+        return versions[0] if versions else None
 
     def _create_version(self, level: LevelVersion) -> "ModelVersion":
         _create_unless_there(lambda: self._client.create_registered_model(level.model_name))
         # The tags travel with the creation, so that a version is never without those it is found by.
-        return self._client.create_model_version(
+        created = self._client.create_model_version(
             level.model_name, level.source, run_id=level.mlflow_run, tags=level.all_tags
         )
+        # As in `_create_run`.
+        return self._only_version(level) or created
 
     @contextmanager
     def _mapped(self, action: str) -> Iterator[None]:

@@ -17,7 +17,9 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 
 from gisp_tasks.demo.services import Service
 from gisp_tasks.errors import GispError, InputError, PermanentError, RegistryUnavailableError
@@ -103,6 +105,19 @@ def test_a_run_is_opened_once_and_reads_back(registry: MlflowRegistry, client: M
         "pruning.levels": "[0.2, 0.4]",
         "airflow.pool": "x",
     }
+
+
+def test_an_answer_that_is_lost_makes_no_second_run(mlflow_server: Service, client: MlflowClient) -> None:
+    """MLflow's client sends every request again whose answer does not come, those that create something too."""
+    experiment = f"experiment-{uuid.uuid4().hex}"
+    with FaultProxy(mlflow_server.port) as proxy:
+        proxy.lose_answer_to(b"POST /api/2.0/mlflow/runs/create")
+        run = _open(MlflowRegistry(proxy.url), experiment=experiment)
+        assert proxy.lost_answers == 1
+    experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    assert [found.info.run_id for found in client.search_runs([experiment_id])] == [run]
+    deleted = client.search_runs([experiment_id], run_view_type=ViewType.DELETED_ONLY)
+    assert len(deleted) == 1, "the server carried out both requests"
 
 
 def test_many_and_long_parameters(registry: MlflowRegistry, client: MlflowClient) -> None:
@@ -231,6 +246,20 @@ def test_a_server_takes_no_local_source(registry: MlflowRegistry, level: LevelVe
 def test_what_the_server_refuses_is_permanent(registry: MlflowRegistry) -> None:
     with pytest.raises(PermanentError, match="ppl@128"):
         registry.log_metrics(_open(registry), {"ppl@128": 1.0})
+
+
+def test_an_answer_that_is_lost_makes_no_second_version(
+    mlflow_server: Service, client: MlflowClient, level: LevelVersion
+) -> None:
+    with FaultProxy(mlflow_server.port) as proxy:
+        proxy.lose_answer_to(b"POST /api/2.0/mlflow/model-versions/create")
+        registered = MlflowRegistry(proxy.url).register_level(level)
+        assert proxy.lost_answers == 1
+    versions = client.search_model_versions(f"name = '{level.model_name}'")
+    assert [int(version.version) for version in versions] == [registered.version] == [1]
+    assert client.get_model_version_by_alias(level.model_name, "sp40").version == "1"
+    other = MlflowRegistry(mlflow_server.url).register_level(dataclasses.replace(level, level="sp50"))
+    assert other.version == 3, "the server carried out both requests, and numbers are not given twice"
 
 
 def test_a_server_that_went_away_is_retryable(
