@@ -117,16 +117,17 @@ class MlflowRegistry:
         """Ask the tracking server one question, without MLflow's minutes of retries.
 
         Raises:
-            InputError: no tracking server answers at the address, or it refuses these credentials.
+            InputError: what answers at the address is no tracking server, or refuses these credentials; or the
+                database file cannot be used.
+            RegistryUnavailableError: nothing answers, or the server is out of order.
         """
         if self._remote:
-            found, needed = self._probe_server(), "a running MLflow tracking server that accepts this user is needed"
-            advice = f"Start it or correct the address; for a login: {_SET_LOGIN}"
-        else:
-            found, needed = self._probe_database(), "a database file that MLflow can write is needed"
-            advice = "Correct the path or its permissions, or name one that does not exist yet"
-        if found is not None:
-            raise InputError(f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; {needed}. {advice}")
+            self._probe_server()
+        elif found := self._probe_database():
+            raise InputError(
+                f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; a database file that MLflow can write is "
+                f"needed. Correct the path or its permissions, or name one that does not exist yet"
+            )
 
     def check_source(self, uri: str) -> None:
         """Whether a version may point below ``uri``.
@@ -233,12 +234,12 @@ class MlflowRegistry:
         # Both addresses are given, so that MLFLOW_REGISTRY_URI cannot send versions elsewhere than runs.
         return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
 
-    def _probe_server(self) -> str | None:
-        """What is wrong with the server, or None."""
+    def _probe_server(self) -> None:
         from mlflow.exceptions import MlflowException
         from mlflow.utils.credentials import get_default_host_creds
         from mlflow.utils.rest_utils import http_request
 
+        kind: type[GispError] = RegistryUnavailableError
         try:
             # A question that needs a login, unlike /health; the client's own calls take no time limit.
             response = http_request(  # type: ignore[no-untyped-call]
@@ -251,12 +252,21 @@ class MlflowRegistry:
                 raise_on_status=False,
             )
         except MlflowException as error:
-            return f"no answer ({error.message})"
-        if response.status_code in (401, 403):
-            return f"the server refuses the credentials (HTTP {response.status_code})"
-        if response.status_code != 200 or "json" not in response.headers.get("content-type", ""):
-            return f"what answers there is no MLflow tracking server in service (HTTP {response.status_code})"
-        return None
+            found = f"no answer ({error.message})"
+        else:
+            status = response.status_code
+            if status == 200 and "json" in response.headers.get("content-type", ""):
+                return
+            if status in (401, 403):
+                found = f"the server refuses the credentials (HTTP {status})"
+            else:
+                found = f"what answers there is no MLflow tracking server in service (HTTP {status})"
+            if not _may_pass(status):
+                kind = InputError
+        raise kind(
+            f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; a running MLflow tracking server that "
+            f"accepts this user is needed. Start it or correct the address; for a login: {_SET_LOGIN}"
+        )
 
     def _probe_database(self) -> str | None:
         """What is wrong with the database file, or None. MLflow creates a missing one."""
@@ -292,8 +302,8 @@ class MlflowRegistry:
 
     def _only_run(self, experiment_id: str, run_id: str) -> "Run | None":
         """The MLflow run of a pipeline run, after removing the copies that a repeated request made."""
-        runs = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'")
-        runs = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+        found = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'")
+        runs = sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
         for copy in runs[1:]:
             logger.warning("MLflow run %s is a copy of %s: removed", copy.info.run_id, runs[0].info.run_id)
             self._client.delete_run(copy.info.run_id)
@@ -347,7 +357,7 @@ class MlflowRegistry:
             return InputError(
                 f"{reason}. The server refused (HTTP {status}); a user who may do this is needed. {_SET_LOGIN}"
             )
-        if status in _RETRYABLE_STATUSES or status >= 500:
+        if _may_pass(status):
             return RegistryUnavailableError(reason)
         return PermanentError(reason)
 
@@ -389,6 +399,10 @@ def _create_unless_there(create: Callable[[], object]) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _may_pass(status: int) -> bool:
+    return status in _RETRYABLE_STATUSES or status >= 500
 
 
 def _number(version: "ModelVersion") -> int:
