@@ -244,6 +244,8 @@ class Attempt:
         experiment = client.get_experiment_by_name(NAME)
         runs = client.search_runs([experiment.experiment_id])
         assert [(run.data.tags[RUN_TAG], run.info.status) for run in runs] == [(run_id, "FINISHED")]
+        logged = {metric.step for metric in client.get_metric_history(runs[0].info.run_id, "step.objective")}
+        assert logged == set(range(1, STEPS + 1)), "a step's metrics are lost"
         versions = client.search_model_versions(f"name = '{MODEL_NAME}'")
         assert sorted(version.tags["gisp.level"] for version in versions) == list(LEVELS)
         aliases = client.get_registered_model(MODEL_NAME).aliases
