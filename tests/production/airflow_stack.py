@@ -6,7 +6,6 @@ import secrets
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -177,11 +176,6 @@ class DagRun:
         """Task id -> its instance, the latest attempt."""
         found = self._api.get(f"{self._path}/taskInstances?limit=200")["task_instances"]
         return {task["task_id"]: task for task in found}
-
-    def attempts(self, task_id: str) -> list[dict[str, Any]]:
-        """All attempts of a task."""
-        tries = self._api.get(f"{self._path}/taskInstances/{task_id}/tries")["task_instances"]
-        return sorted(tries, key=lambda attempt: int(attempt["try_number"]))
 
     def wait_for(self, task_id: str, states: tuple[str, ...], *, timeout_s: float = 900) -> None:
         """Return when a task is in one of ``states``."""

@@ -9,6 +9,7 @@ written once, one MLflow run, and one version a level. ``--fault-repeats 3`` tri
 import time
 import urllib.error
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import pytest
 from airflow_stack import OPERATOR, Api
@@ -51,11 +52,14 @@ class TestFault:
             attempt.dag_run.wait_for(task, ("running",))
             _wait_until_it_computes(topology)
             topology.airflow.workers["gpu"].kill()
+            killed = datetime.now(UTC)
             time.sleep(5)
             topology.airflow.start_worker("gpu", concurrency=1)
             outcome = _compare(attempt, undisturbed)
             assert outcome.attempts.keys() == {task}
-            note(_line("gpu worker killed", repeat, outcome, undisturbed))
+            again = datetime.fromisoformat(attempt.dag_run.tasks()[task]["start_date"])
+            next_s = (again - killed).total_seconds()
+            note(f"{_line('gpu worker killed', repeat, outcome, undisturbed)}; next attempt after {next_s:.0f} s")
 
     def test_redis_restarts(self, topology, undisturbed, repeat, note) -> None:
         """Kill -9, back on its own data 20 s later: in a task, between two tasks, and as the run begins."""
