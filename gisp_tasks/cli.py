@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gisp_tasks.errors import GispError, InputError
+from gisp_tasks.errors import GispError, InputError, RetryableError
 from gisp_tasks.recipe import ITEM_DATASETS, CalibrationSection, EvaluationSection, Recipe, level_name
 
 app = typer.Typer(
@@ -82,6 +82,7 @@ def run(
 
     log = local_airflow.CACHE / "logs" / f"{parsed.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     with output_to(log) as console, local_airflow.prepare(parsed):
+        _ask_services(parsed)
         console.print(f"[bold]{parsed.name}[/]: {parsed.model.source}, log in {log}", highlight=False, soft_wrap=True)
         dag = local_airflow.load_dag(parsed)
         with TaskProgress(console, total=len(dag.tasks)) as progress:
@@ -99,6 +100,16 @@ def run(
     console.print(
         f"store     {summary['store']}\nmanifest  {summary['manifest_sha256']}", highlight=False, soft_wrap=True
     )
+
+
+def _ask_services(recipe: Recipe) -> None:
+    """Tell who waits here at once that a server does not answer; a scheduler would try again later."""
+    from gisp_tasks.tasks.services import check_services
+
+    try:
+        check_services(recipe)
+    except RetryableError as error:
+        raise InputError(str(error)) from error
 
 
 @app.command()

@@ -85,12 +85,13 @@ class Store(ABC):
         """Prove that this store can be written, read back and listed, and does not overwrite. Leaves no artefact.
 
         Raises:
-            InputError: it cannot be reached, or anything of this is refused.
+            InputError: anything of this is refused.
+            StoreUnavailableError: it does not answer, which is found out within seconds.
         """
         try:
             self._impatient()._probe()
         except StoreUnavailableError as error:
-            raise InputError(
+            raise StoreUnavailableError(
                 f"{error}. A run needs a store that answers from the start. Start the server, or correct "
                 f"AWS_ENDPOINT_URL_S3 or publish.store"
             ) from error

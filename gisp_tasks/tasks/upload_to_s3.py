@@ -87,10 +87,10 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
     # measured.
     card_ref = this.store.put_bytes(Keys.level(level, "model/README.md"), card.encode())
     package["model/README.md"] = {"sha256": card_ref.sha256, "size": card_ref.size}
-    ref = this.store.put_bytes(Keys.level(level, "level.json"), canonical_json(record))
-    log_metrics(this, {f"level.{name}": value for name, value in evaluation["metrics"].items()},
-                step=round(plan.sparsity * 100))  # fmt: skip
-    return ref.to_dict()
+    metrics = {f"level.{name}": value for name, value in evaluation["metrics"].items()}
+    # Before the record is published: a task that finds it there does nothing more.
+    log_metrics(this, metrics, step=round(plan.sparsity * 100))
+    return this.store.put_bytes(Keys.level(level, "level.json"), canonical_json(record)).to_dict()
 
 
 def _compensation(run: Run, level: str) -> Json | None:
