@@ -77,6 +77,12 @@ def materialize(recipe: Json, run: Json, level: str, order: Json) -> Json:
 
 
 @task
+def export_gguf(recipe: Json, run: Json, level: str, model: Json) -> Json:
+    """Write a level's file for llama.cpp and read it back."""
+    return run_in_child("gisp_tasks.tasks.export_gguf:export_gguf", recipe=recipe, run=run, level=level, model=model)
+
+
+@task
 def evaluate(recipe: Json, run: Json, level: str, evaluation: str, model: Json | None) -> Json:
     """Measure a checkpoint as it lies in the store."""
     return run_in_child(
@@ -179,6 +185,8 @@ def _level(recipe: Recipe, data: Json, run: Any, name: str, order: Any, dense: l
         evaluations = _evaluations(recipe, data, run, name, model)
         uploaded = upload_to_s3(data, run, name, model, order)
         [*evaluations, *dense] >> uploaded
+        if recipe.export.gguf != "none":
+            export_gguf(data, run, name, model) >> uploaded
         return register_model(data, run, uploaded) if recipe.publish.mlflow else uploaded
 
 

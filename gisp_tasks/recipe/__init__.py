@@ -17,6 +17,7 @@ from gisp_tasks.recipe.evaluation import (
     SpeedEvaluation,
     TextEvaluation,
 )
+from gisp_tasks.recipe.export import ExportSection
 from gisp_tasks.recipe.method import (
     REFERENCE_PROTECT,
     REFERENCE_STRUCTURE_RATIO,
@@ -25,7 +26,7 @@ from gisp_tasks.recipe.method import (
     PruningSection,
     level_name,
 )
-from gisp_tasks.recipe.publish import AirflowSection, GateSection, MlflowSection, PublishSection
+from gisp_tasks.recipe.publish import AirflowSection, EncryptionSection, GateSection, MlflowSection, PublishSection
 from gisp_tasks.recipe.reading import apply_settings, read_mapping, set_value
 from gisp_tasks.recipe.section import Section
 from gisp_tasks.recipe.signing import SigningSection
@@ -48,7 +49,9 @@ __all__ = [
     "AirflowSection",
     "CalibrationSection",
     "ChoiceEvaluation",
+    "EncryptionSection",
     "EvaluationSection",
+    "ExportSection",
     "GateSection",
     "ImportanceSection",
     "MlflowSection",
@@ -78,6 +81,7 @@ class Recipe(Section):
     importance: ImportanceSection = ImportanceSection()
     pruning: PruningSection = PruningSection()
     evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection = ExportSection()
     publish: PublishSection
     airflow: AirflowSection = AirflowSection()
 
@@ -150,8 +154,9 @@ class Recipe(Section):
         return self.pruning.compensation_data or self.calibration
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of a run: all but addresses, the signing key and how it is scheduled."""
-        value = self.model_dump(mode="json", exclude={"airflow": True, "publish": {"store", "signing"}})
+        """What decides the bytes of a run: all but where and how it is kept, the signing key, how it is scheduled."""
+        kept = {"store", "encryption", "signing"}
+        value = self.model_dump(mode="json", exclude={"airflow": True, "publish": kept})
         if value["publish"]["mlflow"]:
             del value["publish"]["mlflow"]["tracking_uri"]
         return value

@@ -57,6 +57,7 @@ class ModelRecord(Part):
     revision: str
     revision_kind: str
     trust_remote_code: bool
+    licence: str | None
     config: Facts
     files: dict[str, FileRecord]
 
@@ -181,6 +182,19 @@ class ReloadRecord(Part):
     greedy_tokens: Count
     num_tokens: Count
     tolerance: float
+    versions: dict[str, str]
+
+
+class GgufRecord(Part):
+    """A level's file for llama.cpp, and what reading it back found."""
+
+    key: str
+    sha256: Sha256
+    size: Count
+    type: str
+    num_tensors: Count
+    kept_float16: Count
+    max_difference: float
 
 
 class GateRecord(Part):
@@ -217,6 +231,7 @@ class LevelRecord(Part):
     keep_set_sha256: Sha256
     compensation: Facts | None
     model: DirectoryRecord
+    gguf: GgufRecord | None
     package: dict[str, FileRecord]
     evaluation: MeasuredLevel
     reload: ReloadRecord
