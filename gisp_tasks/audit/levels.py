@@ -79,8 +79,9 @@ def _check_checkpoint(audit: Audit, subject: Subject, level: Json, signatures: S
     audit.expect(
         CHECK, key, "its size", found=sum(entry["size"] for entry in listing.values()), recorded=level["bytes"]
     )
-    for other in sorted(set(subject.store.keys(key)) - {f"{key}/{name}" for name in listing}):
-        audit.find("objects", other, "lies in the checkpoint's directory, and its listing does not name it")
+    named = {f"{key}/{name}" for name in listing} | subject.manifest["artifacts"].keys()
+    for other in sorted(set(subject.store.keys(key)) - named):
+        audit.find("objects", other, "lies in the checkpoint's directory, and nothing names it")
     with scratch() as directory:
         checkpoint = directory / "model"
         checkpoint.mkdir()
@@ -90,6 +91,10 @@ def _check_checkpoint(audit: Audit, subject: Subject, level: Json, signatures: S
                 compare(audit, f"{key}/{name}", entry, found=(sha256_file(path), path.stat().st_size))
         with audit.guard(CHECK, key):
             _check_sizes(audit, subject, level, checkpoint)
+        for name in level["package"]:
+            if name.startswith("model/"):  # read with the other objects; here for the signature of the directory
+                with audit.guard(CHECK, Keys.level(level["name"], name)):
+                    subject.store.copy_out(Keys.level(level["name"], name), directory / name)
         signatures.check(audit, subject, key, checkpoint)
 
 

@@ -14,9 +14,7 @@ from gisp_tasks.recipe import Recipe
 from gisp_tasks.refs import canonical_json, sha256_bytes
 from gisp_tasks.stores.manifest_schema import FORMAT_VERSION, Manifest
 
-_NOT_NAMED = re.compile(
-    r"manifest\.(json|sig)|report\.html|steps/\d+/timing\.json|levels/[^/]+/model\.sig|levels/[^/]+/model/.+"
-)
+_NOT_NAMED = re.compile(r"manifest\.(json|sig)|report\.html|steps/\d+/timing\.json|levels/[^/]+/model\.sig")
 
 
 def deviations(recipe: Recipe) -> list[str]:
@@ -67,8 +65,8 @@ def deviations(recipe: Recipe) -> list[str]:
 def is_named(key: str) -> bool:
     """Whether a manifest names an object of its run by digest under ``artifacts``.
 
-    Not itself, the page that shows it, timings and signatures, which differ between equal runs; nor the files of a
-    checkpoint, which are named by its listing.
+    Not itself, the page that shows it, timings and signatures, which differ between equal runs. The files of a
+    checkpoint are named by its listing instead.
     """
     return _NOT_NAMED.fullmatch(key) is None
 

@@ -98,9 +98,13 @@ def _computed_on(run: Run) -> list[Json]:
 
 
 def _artifacts(run: Run) -> Json:
-    """Digest and size of every object below the run's prefix that `is_named`."""
+    """Digest and size of every object of the run that `is_named`, less those that a checkpoint's listing names."""
+    models = [Keys.level(level.name, "model") for level in run.plan.levels]
+    listed = {f"{model}/{name}" for model in models for name in run.read_json(f"{model}.json")}
     found: Json = {}
     for key in filter(is_named, run.store.keys()):
+        if key in listed:
+            continue
         try:
             ref = _ref(run, key)
         except IntegrityError as error:

@@ -7,31 +7,38 @@ from gisp_tasks.errors import IntegrityError
 from gisp_tasks.pruning.plan import Keys
 from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.stores.signatures import SUFFIX
-from gisp_tasks.tasks.runtime import Run, scratch
+from gisp_tasks.tasks.runtime import Json, Run, scratch
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_SIGNATURE = Keys.MANIFEST.removesuffix(".json") + SUFFIX
 
 
-def sign_directory(run: Run, ref: ArtifactRef, fetched: Path | None = None) -> None:
-    """Publish the signature of a published directory beside it, once; nothing where the recipe names no key.
+def sign_level(run: Run, record: Json) -> None:
+    """Publish the signature of a level's checkpoint beside it, once; nothing where the recipe names no key.
+
+    What is signed is read back from the store: the directory as users download it, with the files that its package
+    put there.
 
     Args:
         run: whose recipe may name a key.
-        ref: the directory.
-        fetched: the same directory on this machine; None: it is fetched, if it is not signed yet.
+        record: of the level, as in ``level.json``.
     """
-    key = run.store.key_of(ref.uri) + SUFFIX
+    model = record["model"]
+    key = model["key"] + SUFFIX
     if not _is_due(run, key):
         return
     with scratch() as directory:
-        path = fetched or run.store.fetch_directory(ref, directory / ref.name)
-        _publish(run, path, key)
+        for name, entry in record["package"].items():
+            if name.startswith("model/"):
+                uri = f"{run.store.uri}/{Keys.level(record['name'], name)}"
+                run.store.fetch(ArtifactRef(uri=uri, **entry), directory / name)
+        ref = ArtifactRef(uri=f"{run.store.uri}/{model['key']}/", sha256=model["sha256"], size=model["size"])
+        _publish(run, run.store.fetch_directory(ref, directory / "model"), key)
 
 
 def sign_manifest(run: Run, ref: ArtifactRef) -> None:
-    """As `sign_directory`, of the manifest."""
+    """As `sign_level`, of the manifest."""
     if _is_due(run, MANIFEST_SIGNATURE):
         with scratch() as directory:
             _publish(run, run.store.fetch(ref, directory / ref.name), MANIFEST_SIGNATURE)

@@ -11,7 +11,7 @@ from gisp_tasks.refs import ArtifactRef, canonical_json, sha256_bytes
 from gisp_tasks.tasks.gate import judge
 from gisp_tasks.tasks.runtime import Json, Run, scratch
 from gisp_tasks.tasks.score import load_order
-from gisp_tasks.tasks.sign import sign_directory
+from gisp_tasks.tasks.sign import sign_level
 from gisp_tasks.tasks.tracking import log_metrics
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,12 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
 
     this, model_ref = Run.open(recipe, run), ArtifactRef.from_dict(model)
     if done := this.store.stat(Keys.level(level, "level.json")):
-        sign_directory(this, model_ref)  # the recipe may ask for it since
+        sign_level(this, this.read_json(Keys.level(level, "level.json")))  # the recipe may ask for it since
         return done.to_dict()
     evaluation, dense = merged_evaluation(this, level), merged_evaluation(this, DENSE)
     plan = this.plan.level(level)
     with scratch() as directory:
         this.store.fetch_directory(model_ref, directory / "model")
-        sign_directory(this, model_ref, fetched=directory / "model")
         write_mlmodel(directory, digest=model_ref.sha256, metadata={"level": level, "run_id": this.run_id})
         package = {}
         for path in sorted(path for path in directory.rglob("*") if path.is_file()):
@@ -87,6 +86,7 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
     # measured.
     card_ref = this.store.put_bytes(Keys.level(level, "model/README.md"), card.encode())
     package["model/README.md"] = {"sha256": card_ref.sha256, "size": card_ref.size}
+    sign_level(this, record)
     metrics = {f"level.{name}": value for name, value in evaluation["metrics"].items()}
     # Before the record is published: a task that finds it there does nothing more.
     log_metrics(this, metrics, step=round(plan.sparsity * 100))
