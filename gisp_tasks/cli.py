@@ -147,7 +147,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Calibration and steps only: writes removal_order.safetensors and the scores of each step."""
-    overrides = (*settings, "publish.mlflow=null", "airflow.steps_per_task=1")
+    overrides = (*settings, "publish.mlflow=null", "publish.promotion={}", "airflow.steps_per_task=1")
     parsed = Recipe.load(recipe, overrides, f"file://{out.absolute()}")
     from gisp_tasks.tasks.prune_only import prune_only
 

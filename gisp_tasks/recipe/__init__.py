@@ -25,7 +25,7 @@ from gisp_tasks.recipe.method import (
     PruningSection,
     level_name,
 )
-from gisp_tasks.recipe.publish import AirflowSection, GateSection, MlflowSection, PublishSection
+from gisp_tasks.recipe.publish import AirflowSection, GateSection, MlflowSection, PromotionSection, PublishSection
 from gisp_tasks.recipe.reading import apply_settings, read_mapping, set_value
 from gisp_tasks.recipe.section import Section
 from gisp_tasks.recipe.sources import (
@@ -53,6 +53,7 @@ __all__ = [
     "MlflowSection",
     "ModelSection",
     "ProblemEvaluation",
+    "PromotionSection",
     "ProtectSection",
     "PruningSection",
     "PublishSection",
@@ -85,6 +86,16 @@ class Recipe(Section):
             raise ValueError(
                 "publish.gate.max_perplexity_ratio is set, but the recipe has no text evaluation to measure it; "
                 "add evaluation.wikitext2 (or embedded_text), or set publish.gate.max_perplexity_ratio to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _accuracy_gate_has_its_measure(self) -> "Recipe":
+        if self.publish.gate.max_accuracy_drop is not None and not self.evaluation.accuracy_metrics:
+            raise ValueError(
+                "publish.gate.max_accuracy_drop is set, but the recipe measures no accuracy; add "
+                "evaluation.commonsense_qa, or evaluation.gsm8k (or embedded_arithmetic) with a limit other than 0, "
+                "or remove publish.gate.max_accuracy_drop"
             )
         return self
 
@@ -148,9 +159,9 @@ class Recipe(Section):
         return self.pruning.compensation_data or self.calibration
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of a run: all but the addresses it is published to and how it is scheduled."""
+        """What decides the bytes of a run: all but where it is published, who promotes it and how it is scheduled."""
         value = self.model_dump(mode="json", exclude={"airflow"})
-        del value["publish"]["store"]
+        del value["publish"]["store"], value["publish"]["promotion"]
         if value["publish"]["mlflow"]:
             del value["publish"]["mlflow"]["tracking_uri"]
         return value

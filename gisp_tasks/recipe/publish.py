@@ -1,8 +1,9 @@
-"""Where a run's artefacts go, and what runs it."""
+"""Where a run's artefacts go, what they must meet, and what runs it."""
 
 import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gisp_tasks.recipe.section import Section
 
@@ -28,10 +29,43 @@ class MlflowSection(Section):
 
 
 class GateSection(Section):
-    """What a level must meet to get its alias; one that does not is registered with the tag gate=failed."""
+    """What a level must meet to get its alias; one that does not is registered with the tag gate=failed.
+
+    That the reloaded checkpoint is the masked base model is always checked.
+    """
 
     max_perplexity_ratio: float | None = Field(default=4.0, gt=1.0)
     """Perplexity of the level over that of the dense model, on the first window of the text evaluation."""
+    max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Accuracy of the dense model minus that of the level, 0.05 for five points of a hundred; of every task whose
+    accuracy the recipe measures: exact match (flexible) of word problems, mean of the commonsense tasks."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of the level's checkpoint, all of its files."""
+
+
+class PromotionSection(Section):
+    """Which version of a level is its champion, the one that `models:/NAME@champion-sp40` serves."""
+
+    by: Literal["none", "gate", "approval"] = "none"
+    """`none`: no run moves a champion. `gate`: a version that passed the gate becomes champion at the end of its run,
+    once. `approval`: it becomes champion when one of `approvers` says so, in Airflow or with `gisp approve`."""
+    approvers: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(default=(), max_length=50)
+    """Ids of the Airflow users who may approve; most auth managers take the user name."""
+    timeout_hours: float = Field(default=168.0, gt=0, le=8760)
+    """How long Airflow waits for the answer; none by then is no approval."""
+
+    @model_validator(mode="after")
+    def _approval_has_approvers(self) -> Self:
+        if self.by == "approval" and not self.approvers:
+            raise ValueError(
+                "by=approval was asked, and nobody is named who may approve; name at least one Airflow user in "
+                "`approvers`, or set by: gate"
+            )
+        if self.by != "approval" and self.approvers:
+            raise ValueError(
+                f"approvers were named with by={self.by}, which asks nobody; set by: approval, or remove `approvers`"
+            )
+        return self
 
 
 class PublishSection(Section):
@@ -41,6 +75,16 @@ class PublishSection(Section):
     """s3://bucket/prefix, or file:///directory."""
     mlflow: MlflowSection | None = None
     gate: GateSection = GateSection()
+    promotion: PromotionSection = PromotionSection()
+
+    @model_validator(mode="after")
+    def _promotion_has_a_registry(self) -> Self:
+        if self.promotion.by != "none" and self.mlflow is None:
+            raise ValueError(
+                f"promotion.by={self.promotion.by} moves an alias of a registered model, and the recipe names no "
+                f"registry; add publish.mlflow, or remove publish.promotion"
+            )
+        return self
 
     @field_validator("store")
     @classmethod
