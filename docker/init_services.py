@@ -1,4 +1,4 @@
-"""Makes the buckets, and the login that the pipeline has on MLflow; again is harmless.  python init_services.py"""
+"""Makes the buckets, and the login that the pipeline has on MLflow; again is harmless."""
 
 import configparser
 import os

@@ -1,4 +1,4 @@
-"""Writes the images' locks: the part of requirements.lock that each image installs.  python docker/locks.py [--check]
+"""Writes the images' locks: the part of requirements.lock that each image installs.
 
 An image's lock is the closure of its roots over what the packages in this environment require, at the versions of
 requirements.lock. Nothing is resolved anew, so an image never has a version that the tests have not seen.

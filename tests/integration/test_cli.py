@@ -19,8 +19,9 @@ SURFACE = {
     "plan": ["--json", "--set", "recipe"],
     "prune": ["--json", "--out", "--set", "recipe"],
     "materialize": ["--compensate", "--dtype", "--model", "--order", "--out", "--sparsity", "--width-multiple"],
-    "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "checkpoint"],
+    "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "--trust-remote-code", "checkpoint"],
     "compare": ["--compensation", "--json", "--methods", "--out", "--seeds", "--set", "recipe"],
+    "prune-store": ["--json", "--keep-days", "--tracking-uri", "--yes", "store"],
 }
 SUMMARY_KEYS = ["run_id", "store", "manifest_sha256", "levels"]
 LEVEL_KEYS = [
