@@ -1,4 +1,4 @@
-"""Makes the buckets, and the login that the pipeline has on MLflow; again is harmless."""
+"""Makes the buckets, and the login that the pipeline has on MLflow; again is harmless (python init_services.py)."""
 
 import configparser
 import os

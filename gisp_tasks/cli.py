@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gisp_tasks.errors import GispError, InputError
+from gisp_tasks.errors import GispError, InputError, RetryableError
 from gisp_tasks.recipe import ITEM_DATASETS, CalibrationSection, EvaluationSection, Recipe, level_name
 
 app = typer.Typer(
@@ -32,6 +33,16 @@ Settings = Annotated[
     list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Overrides one value of the recipe; repeatable.")
 ]
 StoreUri = Annotated[str | None, typer.Option("--store", metavar="URI", help="Replaces publish.store.")]
+
+
+class LevelFormat(StrEnum):
+    """What `gisp materialize` writes."""
+
+    hf = "hf"
+    gguf = "gguf"
+
+
+GgufType = StrEnum("GgufType", ["float32", "float16", "bfloat16", "q8_0"])
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else there.")]
 
 
@@ -71,6 +82,7 @@ def run(
 
     log = local_airflow.CACHE / "logs" / f"{parsed.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     with output_to(log) as console, local_airflow.prepare(parsed):
+        _ask_services(parsed)
         console.print(f"[bold]{parsed.name}[/]: {parsed.model.source}, log in {log}", highlight=False, soft_wrap=True)
         dag = local_airflow.load_dag(parsed)
         with TaskProgress(console, total=len(dag.tasks)) as progress:
@@ -88,6 +100,16 @@ def run(
     console.print(
         f"store     {summary['store']}\nmanifest  {summary['manifest_sha256']}", highlight=False, soft_wrap=True
     )
+
+
+def _ask_services(recipe: Recipe) -> None:
+    """Tell who waits here at once that a server does not answer; a scheduler would try again later."""
+    from gisp_tasks.tasks.services import check_services
+
+    try:
+        check_services(recipe)
+    except RetryableError as error:
+        raise InputError(str(error)) from error
 
 
 @app.command()
@@ -170,9 +192,19 @@ def materialize(
     compensate: Annotated[
         Path | None, typer.Option(metavar="TOKENS", help="Token ids (.npy, .safetensors) to fit least squares on.")
     ] = None,
+    file_format: Annotated[
+        LevelFormat, typer.Option("--format", help="A Hugging Face directory, or a file for llama.cpp.")
+    ] = LevelFormat.hf,
+    gguf_type: Annotated[
+        GgufType | None, typer.Option("--gguf-type", help="Of the matrices in the file; by default float16.")
+    ] = None,
 ) -> None:
     """Cut any level from a base model and a removal order; no accelerator needed."""
     from gisp_tasks.tasks.materialize import materialize_from_order
+
+    if gguf_type is not None and file_format is not LevelFormat.gguf:
+        raise InputError(f"--gguf-type {gguf_type.value} was given without --format gguf; add it, or leave it out")
+    matrices = gguf_type or GgufType.float16
 
     parameters = materialize_from_order(
         model,
@@ -182,6 +214,7 @@ def materialize(
         width_multiple=width_multiple,
         dtype=dtype,
         compensate=compensate,
+        gguf=matrices.value if file_format is LevelFormat.gguf else None,
     )
     sys.stdout.write(f"{out}: {level_name(sparsity)}, {parameters:,} parameters\n")
 
@@ -270,6 +303,44 @@ def compare(
         console.print(comparison.heading(result, metric), highlight=False, soft_wrap=True)
         console.print(comparison.comparison_table(result, metric))
     sys.stdout.write(f"{out / 'comparison.json'}\n")
+
+
+@app.command()
+@_reports_errors
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Prefix of a run (s3://, file://), or its manifest.json.")],
+    replay: Annotated[bool, typer.Option("--replay", help="Repeat the steps and compare the removal order.")] = False,
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM public key; checks every signature with it.")
+    ] = None,
+    registry: Annotated[bool, typer.Option(help="Compare versions, tags and aliases with the manifest.")] = True,
+    tracking_uri: Annotated[
+        str | None, typer.Option(metavar="URI", envvar="MLFLOW_TRACKING_URI", help="Where the registry is.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a finished run again and hold it against its manifest; exit status 1 where something does not hold.
+
+    One finding a line: what was checked, where, and what is so against what the record says.
+    """
+    from gisp_tasks.audit.verify import Wanted
+    from gisp_tasks.audit.verify import verify as audit
+
+    level = logging.INFO if replay else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    report = audit(run, Wanted(public_key, registry, tracking_uri, replay))
+    found = report.audit
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict(), indent=1) + "\n")
+    else:
+        for finding in found.findings:
+            sys.stdout.write(f"{finding}\n")
+        for note in found.notes:
+            sys.stdout.write(f"note       {note}\n")
+        result = "clean" if report.clean else f"{len(found.findings)} findings"
+        sys.stdout.write(f"{report.prefix}: {found.objects} objects, {found.size:,} bytes read: {result}\n")
+    if not report.clean:
+        raise typer.Exit(1)
 
 
 @app.command("prune-store")

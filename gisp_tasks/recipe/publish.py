@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from gisp_tasks.recipe.section import Section
+from gisp_tasks.recipe.signing import SigningSection
 
 
 class MlflowSection(Section):
@@ -62,6 +63,9 @@ class PublishSection(Section):
     """Encryption at rest of an s3:// store; null: whatever the bucket's default is."""
     mlflow: MlflowSection | None = None
     gate: GateSection = GateSection()
+    signing: SigningSection | None = None
+    """Sign every level and the manifest; null: nothing is signed. May be set for a run that is finished: started again,
+    it gets its signatures."""
 
     @field_validator("store")
     @classmethod

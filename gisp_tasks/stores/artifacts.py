@@ -85,12 +85,13 @@ class Store(ABC):
         """Prove that this store can be written, read back and listed, and does not overwrite. Leaves no artefact.
 
         Raises:
-            InputError: it cannot be reached, or anything of this is refused.
+            InputError: anything of this is refused.
+            StoreUnavailableError: it does not answer, which is found out within seconds.
         """
         try:
             self._impatient()._probe()
         except StoreUnavailableError as error:
-            raise InputError(
+            raise StoreUnavailableError(
                 f"{error}. A run needs a store that answers from the start. Start the server, or correct "
                 f"AWS_ENDPOINT_URL_S3 or publish.store"
             ) from error
@@ -134,11 +135,16 @@ class Store(ABC):
         return path
 
     def copy_out(self, key: str, path: Path) -> Path:
-        """Write an object that others put there, of which no digest is known, to a file; whole or not at all."""
+        """Write an object that others put there, of which no digest is known, to a file; whole or not at all.
+
+        Raises:
+            IntegrityError: there is none.
+        """
+        checked = _checked(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid4().hex}")
         try:
-            self._download(_checked(key), temporary)
+            self._download(checked, temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from gisp_tasks.stores.model_files import check_model_files
 
 logger = logging.getLogger(__name__)
 
-_NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "LICENSE*")
+_NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "LICENSE*", "README.md")
 _CODE = ("*.py",)
 HUB_COMMIT = "hub commit"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -54,6 +54,7 @@ def resolve(section: ModelSection) -> dict[str, Any]:
         "revision": revision or sha256_bytes(json.dumps(files, sort_keys=True).encode())[:40],
         "revision_kind": HUB_COMMIT if revision else "digest of the files",
         "trust_remote_code": section.trust_remote_code,
+        "licence": _licence_of(directory),
         "config": config,
         "files": files,
     }
@@ -108,6 +109,22 @@ def _first_difference(directory: Path, files: Mapping[str, Any]) -> str | None:
         if not path.is_file() or path.stat().st_size != entry["size"] or sha256_file(path) != entry["sha256"]:
             return name
     return None
+
+
+def _licence_of(directory: Path) -> str | None:
+    """The licence that the front matter of a model's README.md states, None if it states none."""
+    path = directory / "README.md"
+    if not path.is_file():
+        return None
+    import yaml
+
+    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    try:
+        facts = yaml.safe_load(parts[1]) if len(parts) > 1 and not parts[0].strip() else {}
+    except yaml.YAMLError:
+        return None
+    found = facts.get("license") if isinstance(facts, dict) else None
+    return str(found) if found else None
 
 
 def _is_hub_id(source: str) -> bool:

@@ -21,7 +21,7 @@ from gisp_tasks.errors import GispError, InputError, PermanentError, RegistryUna
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput
+    from mlflow.entities import DatasetInput, Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.store.entities import PagedList
 
@@ -31,6 +31,8 @@ RUN_TAG = "gisp.run_id"
 LEVEL_TAG = "gisp.level"
 DIGEST_TAG = "gisp.digest"
 GATE_TAG = "gate"
+MANIFEST_TAG = "gisp.manifest.sha256"
+"""Of the MLflow run: the digest of its ``manifest.json``."""
 
 _SQLITE = "sqlite:///"
 _SET_LOGIN = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -81,6 +83,7 @@ class RegisteredVersion:
 
     name: str
     version: int
+    source: str
     alias: str | None
     tags: Mapping[str, str]
 
@@ -129,20 +132,27 @@ class MlflowRegistry:
         self._remote = not tracking_uri.startswith(_SQLITE)
         self._database = Path(tracking_uri.removeprefix(_SQLITE))  # read only where there is no server
 
-    def check(self) -> None:
+    def check(self, *, create: bool = True) -> None:
         """Ask the tracking server one question, without MLflow's minutes of retries.
 
+        Args:
+            create: make a database file that does not exist yet, where there is no server.
+
         Raises:
-            InputError: no tracking server answers at the address, or it refuses these credentials.
+            InputError: what answers at the address is no tracking server, or refuses these credentials; or the
+                database file cannot be used.
+            RegistryUnavailableError: nothing answers, or the server is out of order.
         """
         if self._remote:
-            found, needed = self._probe_server(), "a running MLflow tracking server that accepts this user is needed"
-            advice = f"Start it or correct the address; for a login: {_SET_LOGIN}"
-        else:
-            found, needed = self._probe_database(), "a database file that MLflow can write is needed"
-            advice = "Correct the path or its permissions, or name one that does not exist yet"
+            self._probe_server()
+            return
+        missing = not create and not self._database.is_file()
+        found = "there is no such file" if missing else self._probe_database()
         if found is not None:
-            raise InputError(f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; {needed}. {advice}")
+            raise InputError(
+                f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; a database file that MLflow can write is "
+                f"needed. Correct the path or its permissions, or name one that does not exist yet"
+            )
 
     def check_source(self, uri: str) -> None:
         """Whether a version may point below ``uri``.
@@ -176,8 +186,7 @@ class MlflowRegistry:
         """
         with self._mapped(f"open the MLflow run of {run_id}"):
             experiment_id = self._experiment_id(experiment)
-            found = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
-            run = found[0] if found else self._client.create_run(experiment_id, tags={RUN_TAG: run_id}, run_name=run_id)
+            run = self._only_run(experiment_id, run_id) or self._create_run(experiment_id, run_id)
             mlflow_run: str = run.info.run_id
             if run.info.status != "RUNNING":
                 self._client.update_run(mlflow_run, status="RUNNING")
@@ -197,6 +206,12 @@ class MlflowRegistry:
         """Write a small text as a file of the run."""
         with self._mapped(f"write {artifact_file} to MLflow run {mlflow_run}"):
             self._client.log_text(mlflow_run, text, artifact_file)
+
+    def tag_run(self, mlflow_run: str, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        with self._mapped(f"tag MLflow run {mlflow_run}"):
+            for key, value in tags.items():
+                self._client.set_tag(mlflow_run, key, value)
 
     def log_artifact(self, mlflow_run: str, path: Path, *, artifact_path: str | None = None) -> None:
         """Copy a small file to the run, into its directory ``artifact_path``."""
@@ -219,7 +234,7 @@ class MlflowRegistry:
         """
         self.check_source(level.source)
         with self._mapped(f"register {level.level} as a version of {level.model_name}"):
-            version = self._find_version(level) or self._create_version(level)
+            version = self._only_version(level) or self._create_version(level)
             number = str(version.version)
             for key, value in level.all_tags.items():
                 if version.tags.get(key) != value:
@@ -228,7 +243,9 @@ class MlflowRegistry:
             if alias is not None:
                 self._client.set_registered_model_alias(level.model_name, alias, number)
         logger.info("%s is version %s of %s, gate %s", level.level, number, level.model_name, level.all_tags[GATE_TAG])
-        return RegisteredVersion(name=level.model_name, version=int(number), alias=alias, tags=level.all_tags)
+        return RegisteredVersion(
+            name=level.model_name, version=int(number), source=level.source, alias=alias, tags=level.all_tags
+        )
 
     def versions(self, model_name: str) -> list[RegisteredVersion]:
         """All versions of a registered model by rising number; none if there is no such model."""
@@ -240,8 +257,29 @@ class MlflowRegistry:
         for version in sorted(found, key=_number):
             number, alias = _number(version), alias_name(version.tags.get(LEVEL_TAG, ""))
             held = alias if numbers.get(alias) == number else None
-            registered.append(RegisteredVersion(name=model_name, version=number, alias=held, tags=dict(version.tags)))
+            registered.append(
+                RegisteredVersion(
+                    name=model_name, version=number, source=version.source or "", alias=held, tags=dict(version.tags)
+                )
+            )
         return registered
+
+    def aliases(self, model_name: str) -> dict[str, int]:
+        """Version number by alias of a registered model; none if there is no such model."""
+        with self._mapped(f"list the aliases of {model_name}"):
+            if not self._client.search_registered_models(f"name = '{model_name}'"):
+                return {}
+            aliases = self._client.get_registered_model(model_name).aliases
+        return {alias: int(number) for alias, number in aliases.items()}
+
+    def run_tags(self, *, experiment: str, run_id: str) -> dict[str, str] | None:
+        """The tags of the MLflow run of a pipeline run; None if there is none."""
+        with self._mapped(f"find the MLflow run of {run_id}"):
+            found = self._client.get_experiment_by_name(experiment)
+            if found is None:
+                return None
+            runs = self._client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
+        return dict(runs[0].data.tags) if runs else None
 
     def inventory(self) -> "Inventory":
         """Everything that is registered, by this package or by others."""
@@ -260,12 +298,12 @@ class MlflowRegistry:
         # Both addresses are given, so that MLFLOW_REGISTRY_URI cannot send versions elsewhere than runs.
         return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
 
-    def _probe_server(self) -> str | None:
-        """What is wrong with the server, or None."""
+    def _probe_server(self) -> None:
         from mlflow.exceptions import MlflowException
         from mlflow.utils.credentials import get_default_host_creds
         from mlflow.utils.rest_utils import http_request
 
+        kind: type[GispError] = RegistryUnavailableError
         try:
             # A question that needs a login, unlike /health; the client's own calls take no time limit.
             response = http_request(  # type: ignore[no-untyped-call]
@@ -278,12 +316,21 @@ class MlflowRegistry:
                 raise_on_status=False,
             )
         except MlflowException as error:
-            return f"no answer ({error.message})"
-        if response.status_code in (401, 403):
-            return f"the server refuses the credentials (HTTP {response.status_code})"
-        if response.status_code != 200 or "json" not in response.headers.get("content-type", ""):
-            return f"what answers there is no MLflow tracking server in service (HTTP {response.status_code})"
-        return None
+            found = f"no answer ({error.message})"
+        else:
+            status = response.status_code
+            if status == 200 and "json" in response.headers.get("content-type", ""):
+                return
+            if status in (401, 403):
+                found = f"the server refuses the credentials (HTTP {status})"
+            else:
+                found = f"what answers there is no MLflow tracking server in service (HTTP {status})"
+            if not _may_pass(status):
+                kind = InputError
+        raise kind(
+            f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; a running MLflow tracking server that "
+            f"accepts this user is needed. Start it or correct the address; for a login: {_SET_LOGIN}"
+        )
 
     def _probe_database(self) -> str | None:
         """What is wrong with the database file, or None. MLflow creates a missing one."""
@@ -317,20 +364,41 @@ class MlflowRegistry:
         for start in range(0, len(new), _PARAMS_PER_BATCH):
             self._client.log_batch(mlflow_run, params=new[start : start + _PARAMS_PER_BATCH])
 
-    def _find_version(self, level: LevelVersion) -> "ModelVersion | None":
+    def _only_run(self, experiment_id: str, run_id: str) -> "Run | None":
+        """The MLflow run of a pipeline run, after removing the copies that a repeated request made."""
+        found = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'")
+        runs = sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+        for copy in runs[1:]:
+            logger.warning("MLflow run %s is a copy of %s: removed", copy.info.run_id, runs[0].info.run_id)
+            self._client.delete_run(copy.info.run_id)
+        return runs[0] if runs else None
+
+    def _create_run(self, experiment_id: str, run_id: str) -> "Run":
+        created = self._client.create_run(experiment_id, tags={RUN_TAG: run_id}, run_name=run_id)
+        # MLflow's client sends a request again when its answer was lost, so one call may have made two.
+        return self._only_run(experiment_id, run_id) or created
+
+    def _only_version(self, level: LevelVersion) -> "ModelVersion | None":
+        """The version of a level, after removing the copies that a repeated request made."""
         found = self._client.search_model_versions(
             f"name = '{level.model_name}' and tag.`{DIGEST_TAG}` = '{level.digest}' "
             f"and tag.`{LEVEL_TAG}` = '{level.level}' and tag.`{RUN_TAG}` = '{level.run_id}'"
         )
         # The same run published to another store is another version: the old address may be gone.
-        return min((v for v in found if v.source == level.source), key=_number, default=None)
+        versions = sorted((v for v in found if v.source == level.source), key=_number)
+        for copy in versions[1:]:
+            logger.warning("Version %s of %s is a copy of %s: removed", copy.version, copy.name, versions[0].version)
+            self._client.delete_model_version(copy.name, str(copy.version))
+        return versions[0] if versions else None
 
     def _create_version(self, level: LevelVersion) -> "ModelVersion":
         _create_unless_there(lambda: self._client.create_registered_model(level.model_name))
         # The tags travel with the creation, so that a version is never without those it is found by.
-        return self._client.create_model_version(
+        created = self._client.create_model_version(
             level.model_name, level.source, run_id=level.mlflow_run, tags=level.all_tags
         )
+        # As in `_create_run`.
+        return self._only_version(level) or created
 
     @contextmanager
     def _mapped(self, action: str) -> Iterator[None]:
@@ -353,7 +421,7 @@ class MlflowRegistry:
             return InputError(
                 f"{reason}. The server refused (HTTP {status}); a user who may do this is needed. {_SET_LOGIN}"
             )
-        if status in _RETRYABLE_STATUSES or status >= 500:
+        if _may_pass(status):
             return RegistryUnavailableError(reason)
         return PermanentError(reason)
 
@@ -405,6 +473,10 @@ def _pages(search: "Callable[..., PagedList[Any]]") -> Iterator[Any]:
         token = page.token
         if not token:
             return
+
+
+def _may_pass(status: int) -> bool:
+    return status in _RETRYABLE_STATUSES or status >= 500
 
 
 def _number(version: "ModelVersion") -> int:
