@@ -160,7 +160,7 @@ def _check_evaluation(audit: Audit, subject: Subject, level: Json) -> None:
     key = Keys.level(name, "evaluation.json")
     audit.expect(CHECK, key, "the evaluation", found=subject.read_json(key), recorded=measured)
     dense = next(other for other in subject.manifest["levels"] if other["name"] == DENSE)
-    gate = judge(run.recipe, run.geometry, level["evaluation"]["metrics"], dense["evaluation"]["metrics"])
+    gate = judge(run.recipe, run.geometry, record=level, dense=dense["evaluation"]["metrics"])
     audit.expect(CHECK, name, "the gate", found=gate, recorded=level["gate"])
     _check_proof(audit, subject, level)
 

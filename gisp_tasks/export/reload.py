@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gisp_tasks.errors import InputError, NumericsError
-from gisp_tasks.export import registered
 from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.pruning.surgery import mask_model
 
@@ -43,9 +42,6 @@ class ReloadProof:
     versions: Mapping[str, str]
 
 
-registered.register()
-
-
 def load_model(directory: Path, *, dtype: str, trust_remote_code: bool = False, device: str | None = None):  # type: ignore[no-untyped-def]
     """A causal language model in evaluation mode, parameters frozen.
 
@@ -56,6 +52,7 @@ def load_model(directory: Path, *, dtype: str, trust_remote_code: bool = False, 
             classes are registered (`export.registered`).
         device: by default the accelerator, if there is one.
     """
+    _know_levels(directory, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, local_files_only=True
@@ -72,10 +69,23 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False):  # type
     Raises:
         InputError: there is none, or it cannot be read.
     """
+    _know_levels(directory, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizers raise many types for a broken file
         raise InputError(f"the model has no tokenizer that transformers can load: {error}") from error
+
+
+def _know_levels(directory: Path, trust_remote_code: bool) -> None:
+    """Register this package's classes for a level that is loaded without code of its own.
+
+    Not before it is needed: registered classes come before those of a directory, whatever it is trusted with.
+    """
+    config = directory / "config.json"
+    if not trust_remote_code and config.is_file() and '"pruned_' in config.read_text():
+        from gisp_tasks.export import registered
+
+        registered.register()
 
 
 def replace_weights(model: torch.nn.Module, replaced: Mapping[str, Path]) -> None:

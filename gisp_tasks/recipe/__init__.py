@@ -94,6 +94,16 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _accuracy_gate_has_its_measure(self) -> "Recipe":
+        if self.publish.gate.max_accuracy_drop is not None and not self.evaluation.accuracy_metrics:
+            raise ValueError(
+                "publish.gate.max_accuracy_drop is set, but the recipe measures no accuracy; add "
+                "evaluation.commonsense_qa, or evaluation.gsm8k (or embedded_arithmetic) with a limit other than 0, "
+                "or remove publish.gate.max_accuracy_drop"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _pruning_of_the_reference(cls, value: Any) -> Any:

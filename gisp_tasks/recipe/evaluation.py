@@ -108,3 +108,14 @@ class EvaluationSection(Section):
     def perplexity_task(self) -> str | None:
         """The text evaluation whose first window the gate and the report's curve read."""
         return next((name for name in self.tasks if isinstance(getattr(self, name), TextEvaluation)), None)
+
+    @property
+    def accuracy_metrics(self) -> tuple[str, ...]:
+        """The accuracies that the gate reads, one of each task that measures any."""
+        sections = {name: getattr(self, name) for name in self.tasks}
+        found = [f"{n}_exact_match_flexible" for n, s in sections.items() if _solves_problems(s)]
+        return (*found, *(f"{n}_acc" for n, s in sections.items() if isinstance(s, ChoiceEvaluation)))
+
+
+def _solves_problems(section: Section) -> bool:
+    return isinstance(section, ProblemEvaluation) and section.limit != 0

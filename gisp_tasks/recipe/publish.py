@@ -1,4 +1,4 @@
-"""Where a run's artefacts go, and what runs it."""
+"""Where a run's artefacts go, what they must meet, and what runs it."""
 
 import re
 from typing import Literal, Self
@@ -30,10 +30,18 @@ class MlflowSection(Section):
 
 
 class GateSection(Section):
-    """What a level must meet to get its alias; one that does not is registered with the tag gate=failed."""
+    """What a level must meet to get its alias; one that does not is registered with the tag gate=failed.
+
+    That the reloaded checkpoint is the masked base model is always checked.
+    """
 
     max_perplexity_ratio: float | None = Field(default=4.0, gt=1.0)
     """Perplexity of the level over that of the dense model, on the first window of the text evaluation."""
+    max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Accuracy of the dense model minus that of the level, 0.05 for five points of a hundred; of every task whose
+    accuracy the recipe measures: exact match (flexible) of word problems, mean of the commonsense tasks."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of the level's checkpoint, all of its files."""
 
 
 class EncryptionSection(Section):

@@ -56,7 +56,7 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
     evaluation_ref = this.publish_json(Keys.level(level, "evaluation.json"), evaluation)
     this.store.verify_directory(Keys.level(level, "model"))
     parameters = geometry.parameters_of(keep) + geometry.other_parameters
-    record = {
+    record: Json = {
         "name": level,
         "target_sparsity": plan.sparsity,
         "param_sparsity": geometry.sparsity_of(keep),
@@ -73,8 +73,8 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
         "package": package,
         "evaluation": {"sha256": evaluation_ref.sha256, "metrics": evaluation["metrics"]},
         "reload": this.read_json(Keys.level(level, "reload.json")),
-        "gate": judge(this.recipe, geometry, evaluation["metrics"], dense["metrics"]),
     }
+    record["gate"] = judge(this.recipe, geometry, record=record, dense=dense["metrics"])
     card = model_card(
         this.recipe,
         {**record, "protocol": evaluation["protocol"]},
