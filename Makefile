@@ -38,9 +38,9 @@ test: setup  ## the fast suite
 test-slow: setup  ## minutes: kill -9 at ten moments, Airflow's own scheduler, SmolLM2-135M
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-$(PRODUCTION_VENV)/installed: requirements.lock tests/production/requirements.txt pyproject.toml
+$(PRODUCTION_VENV)/installed: requirements.lock docker/services.lock pyproject.toml
 	test -x $(PRODUCTION_VENV)/bin/python || $(PYTHON) -m venv $(PRODUCTION_VENV)
-	$(PRODUCTION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -r tests/production/requirements.txt
+	$(PRODUCTION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -r docker/services.lock
 	$(PRODUCTION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 

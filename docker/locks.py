@@ -52,11 +52,12 @@ def locks() -> dict[str, str]:
     """File name -> its content."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     roots = [Requirement(text) for text in project["dependencies"]]
+    signing = [Requirement(text) for text in project["optional-dependencies"]["signing"]]
     light = [root for root in roots if canonicalize_name(root.name) not in HEAVY]
     known = locked()
     head = "# The part of requirements.lock that {} installs. Made by `make images-lock`; do not edit.\n"
     return {
-        "worker.lock": head.format("worker.Dockerfile") + "\n".join(closure(roots, known)) + "\n",
+        "worker.lock": head.format("worker.Dockerfile") + "\n".join(closure(roots + signing, known)) + "\n",
         "airflow.lock": head.format("airflow.Dockerfile") + "\n".join(closure(light, known)) + "\n",
     }
 

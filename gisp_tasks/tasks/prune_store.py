@@ -83,7 +83,8 @@ def review(store_uri: str, *, tracking_uri: str, keep_days: float) -> Retention:
         keep_days: every run whose last artefact is younger stays.
 
     Raises:
-        InputError: the registry does not answer or is not there yet, or the store refuses.
+        InputError: the registry refuses or is not there yet, or the store refuses.
+        RegistryUnavailableError: the registry does not answer.
     """
     registry, store = _registry(tracking_uri), open_store(store_uri)
     objects = _by_run(store)

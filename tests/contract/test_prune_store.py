@@ -189,9 +189,10 @@ def test_no_registry_no_removal(tmp_path: Path, tracking_uri: str, monkeypatch: 
     store = open_store((tmp_path / "store").as_uri())
     _put_run(store)
     _in_days(monkeypatch, 31)
-    for uri, says in (("http://127.0.0.1:9", "no answer"), (f"sqlite:///{tmp_path}/typo.db", "there is no such file")):
-        with pytest.raises(InputError, match=says):
-            prune_store.review(store.uri, tracking_uri=uri, keep_days=30)
+    with pytest.raises(RegistryUnavailableError, match="no answer"):
+        prune_store.review(store.uri, tracking_uri="http://127.0.0.1:9", keep_days=30)
+    with pytest.raises(InputError, match="there is no such file"):
+        prune_store.review(store.uri, tracking_uri=f"sqlite:///{tmp_path}/typo.db", keep_days=30)
     assert not (tmp_path / "typo.db").exists()
 
     found = prune_store.review(store.uri, tracking_uri=tracking_uri, keep_days=30)

@@ -25,6 +25,7 @@ SURFACE = {
     "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "--trust-remote-code", "checkpoint"],
     "verify": ["--json", "--public-key", "--registry", "--replay", "--tracking-uri", "run"],
     "compare": ["--compensation", "--json", "--methods", "--out", "--seeds", "--set", "recipe"],
+    "prune-store": ["--json", "--keep-days", "--tracking-uri", "--yes", "store"],
 }
 SUMMARY_KEYS = ["run_id", "store", "manifest_sha256", "levels"]
 LEVEL_KEYS = [
