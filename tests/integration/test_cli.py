@@ -133,7 +133,8 @@ def test_run_summary(finished: Finished) -> None:
         assert target <= sparsity < target + 32 * CHANNEL / DECODER
         assert level["model_name"] == "small-gisp"
         assert level["uri"] == f"{summary['store']}/levels/{level['name']}"
-        assert level["bytes"] == DirectoryListing.of(Path(level["uri"].removeprefix("file://")) / "model").size
+        listing = Path(level["uri"].removeprefix("file://")) / "model.json"
+        assert level["bytes"] == DirectoryListing.from_bytes(listing.read_bytes()).size
         ratio = level["metrics"][METRIC] / dense["metrics"][METRIC]
         assert level["gate"] == ("passed" if ratio <= 2.0 else "failed")
         assert level["alias"] == (level["name"] if ratio <= 2.0 else None)
