@@ -11,21 +11,15 @@ transformers is imported here, so that the package may be installed beside vLLM 
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from gisp_tasks.export.modeling import modeling_pruned
+from gisp_tasks.export.classes import LANGUAGE_MODELS
 
-_LANGUAGE_MODELS = (
-    modeling_pruned.PrunedLlamaForCausalLM,
-    modeling_pruned.PrunedMistralForCausalLM,
-    modeling_pruned.PrunedQwen2ForCausalLM,
-    modeling_pruned.PrunedQwen3ForCausalLM,
-)
 # vLLM's runner of models that transformers defines; it reads the sizes of each layer from the modules.
 _VLLM_BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
 
 def register() -> None:
     """Make transformers' Auto classes know the pruned architectures; again does no harm."""
-    for language_model in _LANGUAGE_MODELS:
+    for language_model in LANGUAGE_MODELS.values():
         config = language_model.config_class
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, language_model.model_class, exist_ok=True)
@@ -37,7 +31,7 @@ def register_vllm() -> None:
     from vllm import ModelRegistry
 
     register()
-    for language_model in _LANGUAGE_MODELS:
+    for language_model in LANGUAGE_MODELS.values():
         ModelRegistry.register_model(language_model.__name__, _VLLM_BACKEND)
 
 

@@ -49,12 +49,12 @@ def load_model(directory: Path, *, dtype: str, trust_remote_code: bool = False, 
         directory: a Hugging Face directory.
         dtype: torch name of the type to hold weights in.
         trust_remote_code: run modelling code that the directory carries. Levels of this package need none: its
-            classes are registered (`export.registered`).
+            classes are known here (`export.classes`).
         device: by default the accelerator, if there is one.
     """
-    _know_levels(directory, trust_remote_code)
+    model_class = _own_class(directory, trust_remote_code) or AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = model_class.from_pretrained(
             directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -69,23 +69,31 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False):  # type
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    _know_levels(directory, trust_remote_code)
+    own = _own_class(directory, trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+        known = {"config": own.config_class.from_pretrained(directory)} if own else {}
+        return AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True, **known
+        )
     except Exception as error:  # tokenizers raise many types for a broken file
         raise InputError(f"the model has no tokenizer that transformers can load: {error}") from error
 
 
-def _know_levels(directory: Path, trust_remote_code: bool) -> None:
-    """Register this package's classes for a level that is loaded without code of its own.
+def _own_class(directory: Path, trust_remote_code: bool):  # type: ignore[no-untyped-def]
+    """This package's class for a level that is loaded without code of its own; None for any other model.
 
-    Not before it is needed: registered classes come before those of a directory, whatever it is trusted with.
+    The class itself, not transformers' register: what is registered there comes before the code of every directory
+    that this process loads, whatever it is trusted with.
     """
-    config = directory / "config.json"
-    if not trust_remote_code and config.is_file() and '"pruned_' in config.read_text():
-        from gisp_tasks.export import registered
+    try:
+        model_type = str(json.loads((directory / "config.json").read_text())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # transformers says what is wrong
+    if trust_remote_code or not model_type.startswith("pruned_"):
+        return None
+    from gisp_tasks.export.classes import LANGUAGE_MODELS
 
-        registered.register()
+    return LANGUAGE_MODELS.get(model_type)
 
 
 def replace_weights(model: torch.nn.Module, replaced: Mapping[str, Path]) -> None:
