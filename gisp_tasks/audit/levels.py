@@ -1,6 +1,7 @@
 """Each level: its checkpoint byte by byte and shape by shape, its place in the ladder, its metrics and its proof."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +12,13 @@ from gisp_tasks.audit.objects import compare
 from gisp_tasks.audit.signed import Signatures
 from gisp_tasks.audit.subject import Json, Subject
 from gisp_tasks.pruning.families import FAMILIES, ROWS
-from gisp_tasks.pruning.layout import layer_layout
-from gisp_tasks.pruning.plan import DENSE, DTYPE_BYTES, Keys
+from gisp_tasks.pruning.plan import DENSE, Keys
 from gisp_tasks.pruning.removal_order import RemovalOrder
 from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.refs import sha256_file
 from gisp_tasks.tasks.gate import judge
 from gisp_tasks.tasks.runtime import scratch
-from gisp_tasks.tasks.upload_to_s3 import keep_set_digest
+from gisp_tasks.tasks.upload_to_s3 import level_sizes, merged_evaluation
 
 CHECK = "levels"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -46,24 +46,11 @@ def check_levels(audit: Audit, subject: Subject, signatures: Signatures) -> None
 def _check_level(audit: Audit, subject: Subject, level: Json, keeps: list[KeepSets], order: RemovalOrder) -> None:
     """Keep-sets from the removal order, what the record says of them, and nesting; appends them to ``keeps``."""
     run, name = subject.run, level["name"]
-    geometry, plan = run.geometry, run.plan.level(name)
-    keep = order.level(plan.sparsity, geometry=geometry, width_multiple=run.limits.width_multiple)
+    keep = run.keep_sets(name, order)
     if keeps and not keeps[-1].contains(keep):
         audit.find(CHECK, name, "it keeps structures that the level before it does not: the levels are not nested")
     keeps.append(keep)
-    layouts = [layer_layout(geometry, keep, layer) for layer in range(geometry.num_layers)]
-    parameters = geometry.parameters_of(keep) + geometry.other_parameters
-    expected = {
-        "target_sparsity": plan.sparsity,
-        "param_sparsity": geometry.sparsity_of(keep),
-        "parameters": parameters,
-        "weight_bytes": parameters * DTYPE_BYTES[run.recipe.model.dtype],
-        "query_heads": [len(layout.query_heads) for layout in layouts],
-        "kv_groups": [len(layout.kv_heads) for layout in layouts],
-        "channels": [len(layout.channels) for layout in layouts],
-        "keep_set_sha256": keep_set_digest(keep),
-        "bytes": level["model"]["size"],
-    }
+    expected = {**level_sizes(run, name, keep), "bytes": level["model"]["size"]}
     for what, found in expected.items():
         audit.expect(CHECK, name, what, found=found, recorded=level[what])
     audit.expect(CHECK, name, "its place", found=level["model"]["key"], recorded=Keys.level(name, "model"))
@@ -127,10 +114,7 @@ def _headers(checkpoint: Path) -> tuple[dict[str, list[int]], set[str], int]:
                 tensor = file.get_slice(name)
                 shapes[name] = list(tensor.get_shape())
                 dtypes.add(tensor.get_dtype())
-                size = 1
-                for extent in shapes[name]:
-                    size *= extent
-                parameters += size
+                parameters += math.prod(shapes[name])
     return shapes, dtypes, parameters
 
 
@@ -151,11 +135,7 @@ def _shapes(geometry: Geometry, level: Json) -> Iterator[tuple[str, list[int]]]:
 def _check_evaluation(audit: Audit, subject: Subject, level: Json) -> None:
     """Metrics and protocols from the files of the evaluation tasks; proof and gate of a pruned level."""
     name, run = level["name"], subject.run
-    measured: Json = {"metrics": {}, "protocol": {}}
-    for task in run.recipe.evaluation.tasks:
-        part = subject.read_json(Keys.level(name, f"evaluation/{task}.json"))
-        for section, values in measured.items():
-            values.update(part[section])
+    measured = merged_evaluation(run.recipe, name, read=subject.read_json)
     for section, found in measured.items():
         recorded = level["evaluation"][section]
         for metric in sorted(found.keys() | recorded.keys()):

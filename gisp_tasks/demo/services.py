@@ -162,7 +162,8 @@ def start_mlflow(directory: Path, *, port: int | None = None, environment: Mappi
             log=directory / "mlflow.log",
             process=_spawn(command, directory / "mlflow.log", {**server_only, **(environment or {})}),
         ),
-        lambda: _mlflow_answers(url),
+        # The database behind the server answers too.
+        lambda: http_answers(f"{url}/api/2.0/mlflow/experiments/search?max_results=1"),
     )
 
 
@@ -279,12 +280,11 @@ def _s3_answers(url: str, access_key: str, secret_key: str) -> bool:
     return True
 
 
-def _mlflow_answers(url: str) -> bool:
-    """Whether the database behind the server answers."""
-    search = f"{url}/api/2.0/mlflow/experiments/search?max_results=1"
+def http_answers(url: str) -> bool:
+    """Whether a GET of this machine's is answered with 200; proxies are left aside."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(search, timeout=5) as response:
+        with opener.open(url, timeout=5) as response:
             return bool(response.status == 200)
     except OSError:
         return False

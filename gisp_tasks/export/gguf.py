@@ -10,7 +10,6 @@ The source is an exported Hugging Face directory, so what was proven there is wh
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gisp_tasks.errors import InputError, NumericsError
 from gisp_tasks.export.checkpoint import Checkpoint
@@ -68,6 +68,11 @@ def require_supported(config: Mapping[str, Any], directory: Path) -> None:
     Raises:
         InputError: the architecture, its rotary scaling, sliding window or tokenizer cannot be written.
     """
+    _require_graph(config)
+    read_vocabulary(directory, size=int(config["vocab_size"]))
+
+
+def _require_graph(config: Mapping[str, Any]) -> None:
     family = _family(config)
     if family not in FAMILIES:
         reason = "its query/key norms" if family == "qwen3" else "it"
@@ -87,7 +92,6 @@ def require_supported(config: Mapping[str, Any], directory: Path) -> None:
             f"a GGUF file was asked for, and the model attends within a window of {window} tokens, which llama.cpp's "
             f"architecture deci does not; only full attention is written. Set export.gguf: none"
         )
-    read_vocabulary(directory, size=int(config["vocab_size"]))
 
 
 def write_gguf(checkpoint: Path, out: Path, *, dtype: str, name: str) -> None:
@@ -104,12 +108,13 @@ def write_gguf(checkpoint: Path, out: Path, *, dtype: str, name: str) -> None:
         InputError: as in `require_supported`.
     """
     config = json.loads((checkpoint / "config.json").read_text())
-    require_supported(config, checkpoint)
+    _require_graph(config)
+    vocabulary = read_vocabulary(checkpoint, size=int(config["vocab_size"]))
     source = Checkpoint(checkpoint)
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
     writer.add_name(name)
     _add_sizes(writer, config)
-    _add_vocabulary(writer, read_vocabulary(checkpoint, size=int(config["vocab_size"])))
+    _add_vocabulary(writer, vocabulary)
     extra = _rope_factors(config)
     if extra is not None:
         writer.add_tensor_info(_ROPE_FREQUENCIES, extra.shape, extra.dtype, extra.nbytes)
@@ -235,8 +240,6 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_factors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
     """What llama.cpp divides rotary frequencies by, under ``llama3`` scaling [hd / 2]; computed by transformers."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     rope, width = _rope(config), int(config["head_dim"])
     if rope["rope_type"] != "llama3":
         return None
@@ -284,7 +287,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
         "unk": writer.add_unk_token_id, "pad": writer.add_pad_token_id,
     }  # fmt: skip
     for special, number in vocabulary.special.items():
-        partial(adders[special], number)()
+        adders[special](number)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
     if vocabulary.chat_template is not None:

@@ -44,7 +44,7 @@ def materialize(recipe: Json, run: Json, level: str, order: Json) -> Json:
     make_torch_deterministic()
     base = model_source.locate(this.model)
     geometry = this.geometry
-    keep = _keep_sets(this, level, order)
+    keep = this.keep_sets(level, load_order(this, ArtifactRef.from_dict(order)))
     with scratch() as directory:
         out = directory / "model"
         solutions = _compensated(this, keep, base, directory / "compensation")
@@ -89,17 +89,11 @@ def prove(recipe: Json, run: Json, level: str, order: Json, model: Json, replace
             model_source.locate(this.model),
             this.store.fetch_directory(ArtifactRef.from_dict(model), directory / "model"),
             geometry=this.geometry,
-            keep=_keep_sets(this, level, order),
+            keep=this.keep_sets(level, load_order(this, ArtifactRef.from_dict(order))),
             prompt=_calibration_prompt(this),
             replaced={name: Path(path) for name, path in replaced.items()},
         )
     return asdict(proof)
-
-
-def _keep_sets(run: Run, level: str, order: Json) -> KeepSets:
-    return load_order(run, ArtifactRef.from_dict(order)).level(
-        run.plan.level(level).sparsity, geometry=run.geometry, width_multiple=run.limits.width_multiple
-    )
 
 
 def _compensated(run: Run, keep: KeepSets, base: Path, out: Path) -> Solutions | None:

@@ -23,7 +23,7 @@ def manifest_content(run: Run) -> Json:
 
     levels = [_dense_record(run)] + [run.read_json(Keys.level(level.name, "level.json")) for level in run.plan.levels]
     for level in levels:
-        level["evaluation"]["protocol"] = merged_evaluation(run, level["name"])["protocol"]
+        level["evaluation"]["protocol"] = merged_evaluation(run.recipe, level["name"], read=run.read_json)["protocol"]
     files = run.model["files"]
     order = load_order(run, _ref(run, Keys.ORDER))
     return {
@@ -57,7 +57,7 @@ def _compensation_data(run: Run) -> Json | None:
 
 
 def _dense_record(run: Run) -> Json:
-    evaluation = merged_evaluation(run, DENSE)
+    evaluation = merged_evaluation(run.recipe, DENSE, read=run.read_json)
     return {
         "name": DENSE,
         "param_sparsity": 0.0,

@@ -16,7 +16,8 @@ from gisp_tasks.pruning.families import geometry_of
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.plan import Keys, Plan, make_plan
 from gisp_tasks.pruning.ranking import Limits, limits_of
-from gisp_tasks.pruning.structures import Geometry
+from gisp_tasks.pruning.removal_order import RemovalOrder
+from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.recipe import Recipe
 from gisp_tasks.refs import ArtifactRef, canonical_json
 from gisp_tasks.stores.artifacts import Store, open_store
@@ -81,6 +82,12 @@ class Run:
             "base_revision": self.model["revision"],
             "run_id": self.run_id,
         }
+
+    def keep_sets(self, level: str, order: RemovalOrder) -> KeepSets:
+        """What a level keeps, as ``order`` and the recipe's widths give it."""
+        return order.level(
+            self.plan.level(level).sparsity, geometry=self.geometry, width_multiple=self.limits.width_multiple
+        )
 
     def calibration(self) -> CalibrationSet:
         """The published calibration set.

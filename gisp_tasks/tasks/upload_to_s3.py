@@ -1,12 +1,14 @@
 """A level's package: the MLflow model around its checkpoint, its evaluation, its record; every object verified."""
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
 from gisp_tasks.pruning.layout import layer_layout
 from gisp_tasks.pruning.plan import DENSE, DTYPE_BYTES, Keys
 from gisp_tasks.pruning.structures import KeepSets
+from gisp_tasks.recipe import Recipe
 from gisp_tasks.refs import ArtifactRef, canonical_json, sha256_bytes
 from gisp_tasks.tasks.gate import judge
 from gisp_tasks.tasks.runtime import Json, Run, scratch
@@ -36,8 +38,7 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
     if done := this.store.stat(Keys.level(level, "level.json")):
         sign_level(this, this.read_json(Keys.level(level, "level.json")))  # the recipe may ask for it since
         return done.to_dict()
-    evaluation, dense = merged_evaluation(this, level), merged_evaluation(this, DENSE)
-    plan = this.plan.level(level)
+    evaluation, dense = (merged_evaluation(this.recipe, name, read=this.read_json) for name in (level, DENSE))
     with scratch() as directory:
         this.store.fetch_directory(model_ref, directory / "model")
         write_mlmodel(directory, digest=model_ref.sha256, metadata={"level": level, "run_id": this.run_id})
@@ -47,25 +48,13 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
             if not name.startswith("model/"):
                 ref = this.store.put(Keys.level(level, name), path)
                 package[name] = {"sha256": ref.sha256, "size": ref.size}
-    geometry = this.geometry
-    keep = load_order(this, ArtifactRef.from_dict(order)).level(
-        plan.sparsity, geometry=geometry, width_multiple=this.limits.width_multiple
-    )
-    layouts = [layer_layout(geometry, keep, layer) for layer in range(geometry.num_layers)]
+    keep = this.keep_sets(level, load_order(this, ArtifactRef.from_dict(order)))
     evaluation_ref = this.publish_json(Keys.level(level, "evaluation.json"), evaluation)
     this.store.verify_directory(Keys.level(level, "model"))
-    parameters = geometry.parameters_of(keep) + geometry.other_parameters
     record: Json = {
         "name": level,
-        "target_sparsity": plan.sparsity,
-        "param_sparsity": geometry.sparsity_of(keep),
-        "parameters": parameters,
-        "weight_bytes": parameters * DTYPE_BYTES[this.recipe.model.dtype],
+        **level_sizes(this, level, keep),
         "bytes": model_ref.size,
-        "query_heads": [len(layout.query_heads) for layout in layouts],
-        "kv_groups": [len(layout.kv_heads) for layout in layouts],
-        "channels": [len(layout.channels) for layout in layouts],
-        "keep_set_sha256": keep_set_digest(keep),
         "compensation": _compensation(this, level),
         "model": {"key": Keys.level(level, "model"), "sha256": model_ref.sha256, "size": model_ref.size},
         "gguf": this.read_json(Keys.level(level, "gguf.json")) if this.recipe.export.gguf != "none" else None,
@@ -73,7 +62,7 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
         "evaluation": {"sha256": evaluation_ref.sha256, "metrics": evaluation["metrics"]},
         "reload": this.read_json(Keys.level(level, "reload.json")),
     }
-    record["gate"] = judge(this.recipe, geometry, record=record, dense=dense["metrics"])
+    record["gate"] = judge(this.recipe, this.geometry, record=record, dense=dense["metrics"])
     card = model_card(
         this.recipe,
         {**record, "protocol": evaluation["protocol"]},
@@ -89,7 +78,7 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
     sign_level(this, record)
     metrics = {f"level.{name}": value for name, value in evaluation["metrics"].items()}
     # Before the record is published: a task that finds it there does nothing more.
-    log_metrics(this, metrics, step=round(plan.sparsity * 100))
+    log_metrics(this, metrics, step=round(record["target_sparsity"] * 100))
     return this.store.put_bytes(Keys.level(level, "level.json"), canonical_json(record)).to_dict()
 
 
@@ -104,16 +93,34 @@ def _compensation(run: Run, level: str) -> Json | None:
     return {**record, "key": key, "sha256": ref.sha256}
 
 
-def merged_evaluation(run: Run, level: str) -> Json:
-    """All metrics and protocols of a level, from the files of its evaluation tasks."""
+def level_sizes(run: Run, level: str, keep: KeepSets) -> Json:
+    """What a level's record says of its subnetwork; a pure function of the plan and ``keep``."""
+    geometry, plan = run.geometry, run.plan.level(level)
+    layouts = [layer_layout(geometry, keep, layer) for layer in range(geometry.num_layers)]
+    parameters = geometry.parameters_of(keep) + geometry.other_parameters
+    return {
+        "target_sparsity": plan.sparsity,
+        "param_sparsity": geometry.sparsity_of(keep),
+        "parameters": parameters,
+        "weight_bytes": parameters * DTYPE_BYTES[run.recipe.model.dtype],
+        "query_heads": [len(layout.query_heads) for layout in layouts],
+        "kv_groups": [len(layout.kv_heads) for layout in layouts],
+        "channels": [len(layout.channels) for layout in layouts],
+        "keep_set_sha256": sha256_bytes(np.packbits(keep.attention).tobytes() + np.packbits(keep.mlp).tobytes()),
+    }
+
+
+def merged_evaluation(recipe: Recipe, level: str, *, read: Callable[[str], Json]) -> Json:
+    """All metrics and protocols of a level, from the files of its evaluation tasks.
+
+    Args:
+        recipe: its evaluations.
+        level: its name, or ``dense``.
+        read: the JSON document under a key.
+    """
     merged: Json = {"metrics": {}, "protocol": {}}
-    for task in run.recipe.evaluation.tasks:
-        part = run.read_json(Keys.level(level, f"evaluation/{task}.json"))
+    for task in recipe.evaluation.tasks:
+        part = read(Keys.level(level, f"evaluation/{task}.json"))
         for section, values in merged.items():
             values.update(part[section])
     return merged
-
-
-def keep_set_digest(keep: KeepSets) -> str:
-    """sha256 of the packed bits of both keep-sets, attention first."""
-    return sha256_bytes(np.packbits(keep.attention).tobytes() + np.packbits(keep.mlp).tobytes())

@@ -39,6 +39,7 @@ from gisp_tasks.pruning.scores import StructureScores
 from gisp_tasks.pruning.structures import Geometry, KeepSets, Removals
 from gisp_tasks.pruning.surgery import mask_model, slice_model
 from gisp_tasks.recipe import REFERENCE_PROTECT, CalibrationSection, ProtectSection
+from gisp_tasks.tasks.score import peak_bytes
 
 ROOT = Path(__file__).parents[2]
 MIRROR = ROOT.parent / "shared" / "testdata" / "data"
@@ -177,12 +178,6 @@ def _peak_bytes(case: str, side: str) -> int:
     return int(done.stdout)
 
 
-def _resident_peak() -> int:
-    # Not ru_maxrss: Linux hands that of the parent on to a process that it starts.
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-
-
 def measure(options: argparse.Namespace, case: str) -> dict[str, Any]:
     """The record of one case."""
     bench = Bench(options, case)
@@ -251,7 +246,7 @@ def main() -> None:
     if options.peak:
         bench = Bench(options, options.cases[0])
         bench.scores(options.peak, bench.load(options.peak), KeepSets.everything(bench.geometry))
-        print(_resident_peak())
+        print(peak_bytes())
         return
     console = Console(width=180)
     table = Table(

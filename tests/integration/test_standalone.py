@@ -1,15 +1,14 @@
 """A recipe under Airflow's own scheduler (`airflow standalone`), with a real S3 server and a real MLflow server."""
 
 import contextlib
-import json
 import os
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from airflow_api import Api
 
 from gisp_tasks.demo.services import Service, start_airflow, start_mlflow, start_s3
 from gisp_tasks.demo.smollm2 import fetch
@@ -31,29 +30,6 @@ CALIBRATION = {
     "stories260k": {"dataset": "wikitext2", "split": "validation", "sequences": 16, "sequence_length": 64},
     "smollm2-135m": {"dataset": "wikitext2", "split": "validation", "sequences": 64, "sequence_length": 128},
 }
-
-
-class Api:
-    """Airflow's REST API as a client without a browser uses it."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._token = self._call("GET", "/auth/token")["access_token"]
-
-    def get(self, path: str) -> Any:
-        return self._call("GET", f"/api/v2{path}")
-
-    def send(self, method: str, path: str, body: dict[str, Any]) -> Any:
-        return self._call(method, f"/api/v2{path}", body)
-
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if hasattr(self, "_token"):
-            headers["Authorization"] = f"Bearer {self._token}"
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(self._url + path, data=data, headers=headers, method=method)
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
 
 
 @pytest.fixture

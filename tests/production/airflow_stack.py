@@ -1,19 +1,19 @@
 """Airflow in production shape: its servers as processes of their own, and its REST API with a login."""
 
-import json
 import os
 import secrets
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from airflow_api import Api
 from backends import ADMIN
-from daemons import Daemon, http_answers
+from daemons import Daemon
 
+from gisp_tasks.demo.services import http_answers
 from gisp_tasks.local_airflow import DAGS_FOLDER
 
 SETTINGS = Path(__file__).parents[2] / "docker" / "airflow.env"
@@ -122,36 +122,6 @@ def recommended() -> dict[str, str]:
     """The product's settings, as an env file holds them."""
     lines = [line for line in SETTINGS.read_text().splitlines() if line and not line.startswith("#")]
     return dict(line.split("=", 1) for line in lines)
-
-
-class Api:
-    """Airflow's REST API.
-
-    Args:
-        url: of the API server.
-        login: user and password; a token is fetched for them.
-    """
-
-    def __init__(self, url: str, login: tuple[str, str]) -> None:
-        self._url = url
-        self._token: str | None = None
-        username, password = login
-        self._token = self._call("POST", "/auth/token", {"username": username, "password": password})["access_token"]
-
-    def get(self, path: str) -> Any:
-        return self._call("GET", f"/api/v2{path}")
-
-    def send(self, method: str, path: str, body: dict[str, Any]) -> Any:
-        return self._call(method, f"/api/v2{path}", body)
-
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self._token is not None:
-            headers["Authorization"] = f"Bearer {self._token}"
-        data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(self._url + path, data=data, headers=headers, method=method)
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
 
 
 class DagRun:

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from daemons import Daemon, http_answers
+from daemons import Daemon
+
+from gisp_tasks.demo.services import http_answers
 
 ADMIN = ("admin", "admin-of-this-test")
 """Administrator of MLflow, and of Airflow."""

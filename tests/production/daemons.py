@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -103,16 +102,6 @@ class Daemon:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=_STOP_TIMEOUT_S)
         psutil.wait_procs(family[1:], timeout=_STOP_TIMEOUT_S)
-
-
-def http_answers(url: str) -> bool:
-    """Whether a GET is answered with 200."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def processes_of(mark: str, *, running: str) -> list[psutil.Process]:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
-from airflow_stack import OPERATOR, Api
+from airflow_api import Api
+from airflow_stack import OPERATOR
 from daemons import Daemon, processes_of
 from topology import TASK_OF_STEPS_1_2, TASK_OF_STEPS_3_4, Attempt, Outcome, Topology
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from airflow_stack import OPERATOR, AirflowStack, Api, DagRun
+from airflow_api import Api
+from airflow_stack import OPERATOR, AirflowStack, DagRun
 from backends import ADMIN, PIPELINE, Mlflow, Postgres, redis
 from daemons import MARK, Daemon, processes_of
 from fault_proxy import FaultProxy
