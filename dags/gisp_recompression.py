@@ -20,7 +20,7 @@ from gisp_tasks.errors import InputError, PermanentError
 from gisp_tasks.pruning.schedule import fused_steps, level_steps
 from gisp_tasks.recipe import Recipe
 from gisp_tasks.tasks.child import run_in_child
-from gisp_tasks.tasks.trigger import trigger_of
+from gisp_tasks.tasks.trigger import page_of, trigger_of
 
 Json = dict[str, Any]
 
@@ -112,9 +112,12 @@ def register_model(recipe: Json, run: Json, level: Json) -> Json:
 
 
 @task
-def report(recipe: Json, run: Json, dag_run: Any = None) -> Json:
-    """Manifest and page of the finished run; Airflow fills in ``dag_run``."""
-    return run_in_child("gisp_tasks.tasks.report:report", recipe=recipe, run=run, trigger=trigger_of(dag_run))
+def report(recipe: Json, run: Json, dag_run: Any = None, ti: Any = None) -> Json:
+    """Manifest and page of the finished run; Airflow fills in ``dag_run`` and ``ti``."""
+    trigger = trigger_of(dag_run)
+    return run_in_child(
+        "gisp_tasks.tasks.report:report", recipe=recipe, run=run, trigger=trigger, airflow_page=page_of(ti, trigger)
+    )
 
 
 def recompression_dag(recipe: Recipe, source: Path) -> DAG:

@@ -194,6 +194,11 @@ class MlflowRegistry:
             self._client.log_inputs(mlflow_run, datasets=[_dataset_input(dataset) for dataset in datasets])
         return mlflow_run
 
+    def experiment_of(self, mlflow_run: str) -> str:
+        """MLflow's id of the experiment that a run belongs to."""
+        with self._mapped(f"find the experiment of MLflow run {mlflow_run}"):
+            return str(self._client.get_run(mlflow_run).info.experiment_id)
+
     def log_metrics(self, mlflow_run: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Write metrics; MLflow allows letters, digits and ``_-./: `` in their names."""
         from mlflow.entities import Metric

@@ -6,10 +6,10 @@ from typing import Any
 
 from gisp_tasks.pruning.plan import DENSE, Keys
 from gisp_tasks.refs import ArtifactRef
-from gisp_tasks.report import render
+from gisp_tasks.report import Places, render
 from gisp_tasks.stores.manifest import seal
 from gisp_tasks.stores.registry import MANIFEST_TAG, MlflowRegistry
-from gisp_tasks.tasks.gate import gate_metric
+from gisp_tasks.tasks.page import trajectory_of
 from gisp_tasks.tasks.record import manifest_content
 from gisp_tasks.tasks.runtime import Json, Run
 from gisp_tasks.tasks.sign import sign_manifest
@@ -18,26 +18,36 @@ from gisp_tasks.tasks.tracking import connect
 logger = logging.getLogger(__name__)
 
 
-def report(recipe: Json, run: Json, trigger: Json) -> Json:
+def report(recipe: Json, run: Json, trigger: Json, airflow_page: str | None = None) -> Json:
     """Publish ``report.html`` and then, last of all, ``manifest.json``; return the manifest's reference.
 
     Args:
         recipe: as data.
         run: reference of the plan.
         trigger: who had the run made, as `manifest_schema.Trigger`.
+        airflow_page: address of the DAG run, where a scheduler runs it.
     """
     this = Run.open(recipe, run)
     done = this.store.stat(Keys.MANIFEST)
     manifest_bytes = this.store.read(done) if done else seal(manifest_content(this), trigger)
     manifest = json.loads(manifest_bytes)
     summary = _summary(this, manifest)
-    metric = gate_metric(this.recipe, this.geometry) if this.recipe.evaluation.perplexity_task else None
-    page = render(summary, manifest=manifest, curve_metric=metric)
+    connection = connect(this)
+    places = Places(airflow_run=airflow_page)
+    if connection and this.recipe.publish.mlflow:
+        registry, mlflow_run = connection
+        places = Places(
+            airflow_run=airflow_page,
+            tracking_uri=this.recipe.publish.mlflow.tracking_uri,
+            experiment_id=registry.experiment_of(mlflow_run),
+            mlflow_run=mlflow_run,
+        )
+    page = render(summary, manifest=manifest, trajectory=trajectory_of(this), places=places)
     if this.store.stat(Keys.REPORT) is None:
         this.store.put_bytes(Keys.REPORT, page.encode())
     ref = this.store.put_bytes(Keys.MANIFEST, manifest_bytes)
     sign_manifest(this, ref)
-    if connection := connect(this):
+    if connection:
         registry, mlflow_run = connection
         registry.log_text(mlflow_run, page, artifact_file=Keys.REPORT)
         registry.log_text(mlflow_run, manifest_bytes.decode(), artifact_file=Keys.MANIFEST)

@@ -1,6 +1,7 @@
 """Who had a run made, as Airflow knows it."""
 
 import getpass
+from collections.abc import Mapping
 from typing import Any
 
 _DAG_TEST = "dag_test"
@@ -17,6 +18,14 @@ def trigger_of(dag_run: Any) -> dict[str, Any]:
         "run_type": str(getattr(dag_run.run_type, "value", dag_run.run_type)),
         "user": _login() if in_process else dag_run.triggering_user_name,
     }
+
+
+def page_of(task_instance: Any, trigger: Mapping[str, Any]) -> str | None:
+    """Address of a task's DAG run, from the ``ti`` of the task's context; None where no scheduler runs it."""
+    if trigger["by"] != "airflow":
+        return None
+    address: str = task_instance.log_url
+    return address.partition("/tasks/")[0]
 
 
 def _login() -> str | None:
