@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gisp_tasks.report import drawing
-from gisp_tasks.report.drawing import BAD, INK, MUTED, SERIES
+from gisp_tasks.report.drawing import BAD, CARD, INK, MUTED, SERIES
 from gisp_tasks.report.trajectory import ScoreSummary
 
-_SIZE = (4.6, 2.9)
+_SIZE = (4.3, 2.8)
 _MARKERS = "osD^vP"
 _LOG_FROM = 3.0
 """Values that differ by more than this factor are drawn on a logarithmic axis."""
 _MOST_TICKS = 6
+_HALO = {"facecolor": CARD, "edgecolor": "none", "pad": 0.8}
 
 Levels = Sequence[Mapping[str, Any]]
 
@@ -32,13 +33,15 @@ def perplexity_chart(levels: Levels, metric: str, limit: float | None) -> str:
         axes = figure.add_subplot()
         axes.axhline(values[0], color=MUTED, linewidth=1, linestyle="--")
         if limit is not None:
-            axes.axhline(limit, color=BAD, linewidth=1, linestyle=":")
-            axes.annotate("gate", (0, limit), xytext=(0, -3), textcoords="offset points", va="top", color=BAD)
+            axes.axhline(limit, color=BAD, linewidth=1, linestyle=":", zorder=1)
+            axes.annotate("gate", (0, limit), xytext=(0, -4), textcoords="offset points", va="top", color=BAD)
         axes.plot(sparsity, values, color=SERIES[0], linewidth=1.8)
         for level, x, y in zip(found, sparsity, values, strict=True):
             failed = level["gate"] == "failed"
             axes.plot([x], [y], marker="X" if failed else "o", markersize=7, color=BAD if failed else SERIES[0])
-            axes.annotate(level["name"], (x, y), textcoords="offset points", xytext=(-4, 7), ha="center")
+            axes.annotate(
+                level["name"], (x, y), textcoords="offset points", xytext=(-4, 8), ha="center", bbox=_HALO, zorder=1.5
+            )
         _scale(axes, [*values, *([limit] if limit is not None else [])])
         axes.margins(x=0.1, y=0.16)
         axes.set_xlabel("parameter sparsity of the decoder layers, %")
@@ -82,39 +85,36 @@ def lines_chart(levels: Levels, metrics: Sequence[str], what: str) -> str:
     return drawing.draw(f"lines-{what}", label=f"{what}. {said}", size=(_SIZE[0], height), paint=paint)
 
 
-def scores_chart(name: str, steps: Sequence[int], scores: Sequence[ScoreSummary | None]) -> str:
+def scores_chart(name: str, scores: Mapping[int, ScoreSummary], *, num_steps: int, limits: tuple[float, float]) -> str:
     """Quantiles of the scores of one kind before each step, and the highest one that the step removed.
 
     Args:
         name: of the structures, in the plural.
-        steps: their numbers.
         scores: by step.
+        num_steps: of the run.
+        limits: of the axis of scores, which is the same for both kinds.
     """
-    known = [(step, score) for step, score in zip(steps, scores, strict=True) if score is not None]
-    positive = [value for _, score in known for value in score.quantiles if value > 0]
 
     def paint(figure: Any) -> None:
         axes = figure.add_subplot()
-        if positive:
-            axes.set_yscale("log", nonpositive="clip")
-        wide = max(1.2, min(9.0, 150 / max(len(steps), 1)))
-        numbers = [step for step, _ in known]
-        low, lower, middle, upper, high = zip(*(score.quantiles for _, score in known), strict=True)
+        wide = max(1.2, min(9.0, 150 / num_steps))
+        numbers = list(scores)
+        low, lower, middle, upper, high = zip(*(score.quantiles for score in scores.values()), strict=True)
         axes.vlines(numbers, low, high, color=SERIES[0], linewidth=max(0.8, wide / 5), label="5 to 95 %")
         axes.vlines(numbers, lower, upper, color=SERIES[0], linewidth=wide, alpha=0.55, label="25 to 75 %")
         axes.plot(numbers, middle, linestyle="none", marker="_", markersize=wide, color=INK, label="median")
-        removed = [(step, score.highest_removed) for step, score in known if score.highest_removed is not None]
+        removed = [(step, score.highest_removed) for step, score in scores.items() if score.highest_removed is not None]
         if removed:
             axes.plot(*zip(*removed, strict=True), color=BAD, marker=".", linewidth=1.2, label="highest removed")
-        axes.set_xlim(min(steps) - 0.7, max(steps) + 0.7)
+        axes.set_xlim(0.3, num_steps + 0.7)
         _whole_numbers(axes.xaxis)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
-        axes.yaxis.set_minor_formatter(lambda *_: "")
+        _scale(axes, limits, shown=lambda value: f"{value:.0e}")
+        axes.set_ylim(limits)
         axes.set_xlabel("step")
         axes.grid(visible=True, axis="y")
         figure.legend(loc="outside upper left", ncols=4, columnspacing=1.0, handlelength=1.2)
 
-    medians = ", ".join(f"{step}: {score.quantiles[2]:.3g}" for step, score in known)
+    medians = ", ".join(f"{step}: {score.quantiles[2]:.3g}" for step, score in scores.items())
     return drawing.draw(
         f"scores-{name}", label=f"Scores of {name}; medians by step: {medians}", size=_SIZE, paint=paint
     )
@@ -143,22 +143,31 @@ def bars_chart(name: str, values: Mapping[int, float], unit: str, shown: Callabl
     return drawing.draw(f"bars-{name}", label=f"{name} by step: {said}", size=(_SIZE[0], 2.3), paint=paint)
 
 
-def _scale(axes: Any, values: Sequence[float]) -> None:
+def score_limits(scores: Sequence[ScoreSummary]) -> tuple[float, float]:
+    """What an axis must reach to show all of them, zeros apart where it is logarithmic."""
+    values = [value for score in scores for value in (*score.quantiles, score.highest_removed) if value is not None]
+    above = [value for value in values if value > 0]
+    if min(values) < 0 or not above:
+        return min(values) - 0.05 * max(map(abs, values)), max(values) + 0.05 * max(map(abs, values)) + 1e-30
+    return min(above) / 1.3, max(above) * 1.3
+
+
+def _scale(axes: Any, values: Sequence[float], shown: Callable[[float], str] = lambda value: f"{value:,.6g}") -> None:
     """Logarithmic where the values ask for it, with ticks that read as numbers."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     low, high = min(values), max(values)
     if low <= 0 or high / low < _LOG_FROM:
         return
-    axes.set_yscale("log")
+    axes.set_yscale("log", nonpositive="clip")
     axes.yaxis.set_major_locator(FixedLocator(_round_numbers(low, high)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axes.yaxis.set_major_formatter(lambda value, _: shown(value))
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten around the values; powers alone where that would be too many."""
-    powers = [10.0**power for power in range(-6, 13)]
+    powers = [10.0**power for power in range(-30, 31)]
     ticks = [power * digit for power in powers for digit in (1, 2, 5)]
     inside = [tick for tick in ticks if low / 1.6 <= tick <= high * 1.6]
     return inside if len(inside) <= _MOST_TICKS else [tick for tick in inside if tick in powers]

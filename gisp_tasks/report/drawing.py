@@ -43,9 +43,12 @@ _SETTINGS = {
     # No mathematical markup in labels: they are read aloud as they stand.
     "axes.formatter.use_mathtext": False,
 }
-_GROUP_NAME = re.compile(r'<g id="[^"]*">')
+_GROUP_NAME = re.compile(r'<g id="[^"]*"')
+_NAME = re.compile(r'(?<= id=")[^"]+')
+_MENTION = re.compile(r'(?<=[#"])(?:[a-z]+)(?:[0-9a-f]{10,})(?=[")])')
 _STYLE = re.compile(r"<style.*?</style>", re.DOTALL)
 _GAP = re.compile(r">\s+<")
+_NOT_IN_NAMES = re.compile(r"[^a-z0-9]+")
 
 
 def draw(name: str, *, label: str, size: tuple[float, float], paint: Callable[[Any], None]) -> str:
@@ -69,7 +72,15 @@ def draw(name: str, *, label: str, size: tuple[float, float], paint: Callable[[A
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # Names of groups repeat from picture to picture, and its style would hold for the whole page.
-    text = _GROUP_NAME.sub("<g>", _STYLE.sub("", text))
+    text = _renamed(_GROUP_NAME.sub("<g", _STYLE.sub("", text)), name)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     return _GAP.sub("><", text).replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+
+
+def _renamed(text: str, name: str) -> str:
+    """With names that are unique on the page and the same each time: those of clip paths come from memory addresses."""
+    prefix = _NOT_IN_NAMES.sub("-", name.lower())
+    found = dict.fromkeys(_NAME.findall(text))
+    names = {old: f"{prefix}-{number}" for number, old in enumerate(found)}
+    return _MENTION.sub(lambda match: names.get(match[0], match[0]), text)

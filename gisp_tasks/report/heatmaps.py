@@ -13,7 +13,7 @@ from gisp_tasks.report import drawing
 from gisp_tasks.report.drawing import CARD, HEAT_RGB, SERIES
 
 BINS = 96
-_WIDTH = 4.8
+_WIDTH = 4.4
 _HEIGHT_OF_A_LAYER = 0.055
 
 

@@ -13,7 +13,7 @@ from gisp_tasks.pruning.plan import DENSE
 from gisp_tasks.report import charts, heatmaps
 from gisp_tasks.report.metrics import byte_size, duration, gate_value, is_accuracy, is_perplexity, metric_names
 from gisp_tasks.report.places import Places, commands
-from gisp_tasks.report.trajectory import PROBABILITIES, Trajectory
+from gisp_tasks.report.trajectory import PROBABILITIES, ScoreSummary, Trajectory
 
 Facts = Mapping[str, Any]
 
@@ -103,10 +103,12 @@ def _tiles(summary: Facts, manifest: Facts, trajectory: Trajectory) -> Iterator[
 
 
 def _quality(levels: charts.Levels, manifest: Facts, metrics: list[str]) -> Iterator[tuple[str, str]]:
-    """Title and chart of what was measured over sparsity; single numbers stay in the table."""
-    for metric in filter(is_perplexity, metrics):
-        yield metric, charts.perplexity_chart(levels, metric, _limit(levels, manifest, metric))
-    if accuracies := list(filter(is_accuracy, metrics)):
+    """Title and chart of what was measured over sparsity, the gate's first; what is 0 everywhere has none."""
+    limits = {metric: _limit(levels, manifest, metric) for metric in filter(is_perplexity, metrics)}
+    for metric in sorted(limits, key=lambda metric: limits[metric] is None):
+        yield metric, charts.perplexity_chart(levels, metric, limits[metric])
+    told = [metric for metric in metrics if any(level["metrics"].get(metric) for level in levels)]
+    if accuracies := list(filter(is_accuracy, told)):
         yield "accuracy", charts.lines_chart(levels, accuracies, "accuracy")
     if ratios := [metric for metric in metrics if metric.endswith("_over_dense")]:
         yield "speed, times the dense model's", charts.lines_chart(levels, ratios, "speed over dense")
@@ -135,14 +137,15 @@ def _structure(trajectory: Trajectory) -> str:
     return "query heads" if trajectory.geometry.separate_heads else "kv groups"
 
 
-def _scores(trajectory: Trajectory) -> Iterator[tuple[str, str, list[Any]]]:
+def _scores(trajectory: Trajectory) -> Iterator[tuple[str, str, Mapping[int, ScoreSummary]]]:
     """Kind of structure, chart and the numbers behind it."""
-    numbers = [step.number for step in trajectory.steps]
-    kinds = {_structure(trajectory): "attention", "channels": "mlp"}
-    for name, kind in kinds.items():
-        scores = [getattr(step, kind) for step in trajectory.steps]
-        if any(scores):
-            yield name, charts.scores_chart(name, numbers, scores), list(zip(numbers, scores, strict=True))
+    attention = {step.number: step.attention for step in trajectory.steps if step.attention}
+    mlp = {step.number: step.mlp for step in trajectory.steps if step.mlp}
+    limits = charts.score_limits([*attention.values(), *mlp.values()])
+    for name, scores in ((_structure(trajectory), attention), ("channels", mlp)):
+        if scores:
+            chart = charts.scores_chart(name, scores, num_steps=len(trajectory.steps), limits=limits)
+            yield name, chart, scores
 
 
 def _costs(trajectory: Trajectory) -> Iterator[tuple[str, str]]:

@@ -56,7 +56,10 @@ def _finished_run(
             "calibration": {"dataset": "c4", "sequences": 4, "sequence_length": 16},
             "pruning": {"levels": list(LEVELS), "steps": steps},
             "evaluation": {"wikitext2": {"windows": [128]}},
-            "publish": {"store": "s3://models/gisp", "mlflow": {"tracking_uri": "http://mlflow.example", "model_name": "m"}},
+            "publish": {
+                "store": "s3://models/gisp",
+                "mlflow": {"tracking_uri": "http://mlflow.example", "model_name": "m"},
+            },
         }
     )
     geometry = Geometry(
@@ -110,6 +113,8 @@ def _observation(number: int, draws: Any, rng: np.random.Generator) -> StepObser
     )
 
 
+# fmt: off
+# One key a line would hide how small these records are.
 def _source(dataset: str, split: str) -> dict[str, Any]:
     return {"dataset": dataset, "split": split, "origin": "mirror", "revision": None, "digest": DIGEST, "rows": 7}
 
@@ -117,17 +122,17 @@ def _source(dataset: str, split: str) -> dict[str, Any]:
 def _content(recipe: Recipe, levels: list[dict[str, Any]], keep: dict[str, KeepSets], steps: int) -> dict[str, Any]:
     """A manifest less its digests."""
     environment = {
-        **{"package": "0", "package_sha256": DIGEST, "python": "3.11.2", "platform": "p", "machine": "x86_64"},
-        **{"packages": {"torch": "2", "transformers": "5"}, "cpu": "c", "accelerator": None, "cuda": None},
+        "package": "0", "package_sha256": DIGEST, "python": "3.11.2", "platform": "p", "machine": "x86_64",
+        "packages": {"torch": "2", "transformers": "5"}, "cpu": "c", "accelerator": None, "cuda": None,
     }
     computed_on = {
-        **{"steps": list(range(1, steps + 1)), "cpu": "c", "device": "cpu", "package_sha256": DIGEST, "torch": "2"},
-        **{"cuda": None, "cudnn": None, "threads": 1, "deterministic_algorithms": True, "tf32": False, "seed": 0},
-        **{"matmul_precision": "highest", "cublas_workspace": None},
+        "steps": list(range(1, steps + 1)), "cpu": "c", "device": "cpu", "package_sha256": DIGEST, "torch": "2",
+        "cuda": None, "cudnn": None, "threads": 1, "deterministic_algorithms": True, "tf32": False, "seed": 0,
+        "matmul_precision": "highest", "cublas_workspace": None,
     }
     calibration = {
-        **{"dataset": "c4", "source": _source("c4", "train"), "tokenizer": None, "sampling": "whole", "seed": 0},
-        **{"sequences": 4, "sequence_length": 16, "num_tokens": 64, "num_targets": 60, "tokens_sha256": DIGEST},
+        "dataset": "c4", "source": _source("c4", "train"), "tokenizer": None, "sampling": "whole", "seed": 0,
+        "sequences": 4, "sequence_length": 16, "num_tokens": 64, "num_targets": 60, "tokens_sha256": DIGEST,
         "contamination": {"criterion": "c", "n": 13, "tolerated_share": 0.01, "evaluations": {}, "accepted": False},
     }
     return {
@@ -135,8 +140,8 @@ def _content(recipe: Recipe, levels: list[dict[str, Any]], keep: dict[str, KeepS
         "recipe": recipe.identity(),
         "plan": {"key": "plan.json", "sha256": DIGEST},
         "model": {
-            **{"source": "org/model", "revision": "c0ffee", "revision_kind": "commit", "trust_remote_code": False},
-            **{"licence": "mit", "config": {}, "files": {}},
+            "source": "org/model", "revision": "c0ffee", "revision_kind": "commit", "trust_remote_code": False,
+            "licence": "mit", "config": {}, "files": {},
         },
         "tokenizer": {"files": {}},
         "datasets": {
@@ -148,9 +153,9 @@ def _content(recipe: Recipe, levels: list[dict[str, Any]], keep: dict[str, KeepS
         "compensation": None,
         "steps": [
             {
-                **{"number": number, "target_sparsity": 0.4 * number / steps, "structure_ratio": None, "removed": 9},
-                **{"completes": ["sp40"] if number == steps else [], "objective": 3.5, "micro_batch_tokens": 64},
-                **{"scores_sha256": DIGEST, "removal_order_sha256": DIGEST},
+                "number": number, "target_sparsity": 0.4 * number / steps, "structure_ratio": None, "removed": 9,
+                "completes": ["sp40"] if number == steps else [], "objective": 3.5, "micro_batch_tokens": 64,
+                "scores_sha256": DIGEST, "removal_order_sha256": DIGEST,
             }
             for number in range(1, steps + 1)
         ],
@@ -184,7 +189,7 @@ def _level(level: dict[str, Any], keep: KeepSets, dense: dict[str, Any]) -> dict
     groups = [int(number) for number in keep.attention.sum(axis=1)]
     return {
         **_dense(level),
-        **{"target_sparsity": level["param_sparsity"], "weight_bytes": level["bytes"], "keep_set_sha256": DIGEST},
+        "target_sparsity": level["param_sparsity"], "weight_bytes": level["bytes"], "keep_set_sha256": DIGEST,
         "query_heads": [2 * number for number in groups],
         "kv_groups": groups,
         "channels": [int(number) for number in keep.mlp.sum(axis=1)],
@@ -194,8 +199,9 @@ def _level(level: dict[str, Any], keep: KeepSets, dense: dict[str, Any]) -> dict
         "package": {},
         "evaluation": {**_evaluation(level), "sha256": DIGEST},
         "reload": {
-            **{"max_logit_difference": 1.5e-05, "greedy_equal": True, "greedy_tokens": 16, "num_tokens": 64},
-            **{"tolerance": 2e-04, "versions": {"torch": "2"}},
+            "max_logit_difference": 1.5e-05, "greedy_equal": True, "greedy_tokens": 16, "num_tokens": 64,
+            "tolerance": 2e-04, "versions": {"torch": "2"},
         },
         "gate": {"passed": passed, "checks": [check]},
     }
+# fmt: on

@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from gisp_tasks.report.heatmaps import BINS, binned
 
 PERPLEXITY = "wikitext2_ppl_token_w128"
 NOWHERE = Places()
+TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 
 
 def commonsense(perplexity: float, accuracy: float) -> dict[str, float]:
@@ -71,6 +72,18 @@ class Page(HTMLParser):
         return (attributes for name, attributes in self.elements if name == tag)
 
 
+@pytest.fixture(scope="module")
+def plain(finished_run):
+    """The page of a run that measured one perplexity."""
+    return rendered(finished_run())
+
+
+@pytest.fixture(scope="module")
+def rich(finished_run):
+    """The page of a run that measured the tasks too."""
+    return rendered(finished_run(metrics=MANY))
+
+
 def rendered(run: Any, places: Places = NOWHERE) -> str:
     return render(run.summary, manifest=run.manifest, trajectory=run.trajectory, places=places)
 
@@ -91,27 +104,26 @@ def test_the_terminal_shows_the_mean_only(finished_run):
     assert not any(f" {task}_acc" in text for task in COMMONSENSE_TASKS)
 
 
-def test_the_ladder_has_sizes_metrics_and_how_many_times_the_dense_perplexity(finished_run):
-    page = Page(rendered(finished_run()))
-    assert page.row("sp20", having="MB")[1:5] == ["20.0 %", "800,000", "1.6 MB", "31×1.55"]
-    assert page.row("sp40", having="MB")[5:] == ["failed", "m 2"]
-    assert page.row("dense", having="MB")[4:] == ["20", "–", "–"]
+def test_the_ladder_has_sizes_metrics_and_how_many_times_the_dense_perplexity(plain):
+    page = Page(plain)
+    assert page.row("sp20", having="MB")[1:6] == ["passed", "20.0 %", "800,000", "1.6 MB", f"31{TIMES}1.55"]
+    assert page.row("sp40", having="MB")[1::5] == ["failed", "2"]
+    assert page.row("dense", having="MB")[5:] == ["20", DASH]
 
 
-def test_single_tasks_have_a_table_with_their_errors_and_their_data(finished_run):
-    page = Page(rendered(finished_run(metrics=MANY)))
+def test_single_tasks_have_a_table_with_their_errors_and_their_data(plain, rich):
+    page = Page(rich)
     assert page.row("piqa_acc", having="±")[1:] == ["0.6250 ± 0.0125", "0.5000 ± 0.0125", "0.3000 ± 0.0125"]
     assert page.row("piqa_acc_norm", having="0.3125")[1:] == ["0.3125", "0.2500", "0.1500"]
     assert page.row("piqa_acc", having="questions")[-1] == "438 questions, 0 shots"
-    plain = rendered(finished_run())
     assert "Task by task" not in plain
     assert "254 tokens" in plain
 
 
-def test_steps_that_count_structures_say_so(finished_run):
+def test_steps_that_count_structures_say_so(finished_run, plain):
     """Under compat: reference no step has a sparsity to reach; the page used to fail on it."""
+    assert Page(plain).row("3", having="3.5")[2] == "40.00 %"
     run = finished_run(steps=1)
-    assert Page(rendered(run)).row("1", having="3.5")[2] == "40.00 %"
     run.manifest["steps"][0] |= {"target_sparsity": None, "structure_ratio": 0.0}
     assert Page(rendered(run)).row("1", having="3.5")[2] == "0.00 % of the heads and channels"
 
@@ -130,17 +142,18 @@ def test_each_check_of_the_gate_and_each_reload_proof(finished_run):
 def test_what_was_recorded_cannot_be_markup(finished_run):
     run = finished_run()
     run.manifest["model"]["licence"] = "<script>alert(1)</script>"
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in rendered(run)
-    assert rendered(run).count("<script") == 1
+    html = rendered(run)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert html.count("<script") == 1
 
 
-def test_the_same_run_gives_the_same_bytes(finished_run):
-    assert rendered(finished_run(metrics=MANY)) == rendered(finished_run(metrics=MANY))
+def test_the_same_run_gives_the_same_bytes(finished_run, rich):
+    assert rendered(finished_run(metrics=MANY)) == rich
 
 
-def test_every_picture_says_what_it_shows(finished_run):
+def test_every_picture_says_what_it_shows(finished_run, rich):
     run = finished_run(metrics=MANY)
-    pictures = [svg for svg in Page(rendered(run)).all("svg")]
+    pictures = list(Page(rich).all("svg"))
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in pictures)
     labels = " ".join(str(svg["aria-label"]) for svg in pictures)
     assert f"{PERPLEXITY}: dense 20, sp20 31, sp40 90" in labels
@@ -150,8 +163,8 @@ def test_every_picture_says_what_it_shows(finished_run):
     assert len(pictures) == 2 + 2 + 2 + 2
 
 
-def test_identifiers_are_unique_and_links_lead_somewhere(finished_run):
-    page = Page(rendered(finished_run(metrics=MANY)))
+def test_identifiers_are_unique_and_links_lead_somewhere(rich):
+    page = Page(rich)
     names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(names) == len(set(names))
     for link in page.all("a"):
@@ -159,7 +172,7 @@ def test_identifiers_are_unique_and_links_lead_somewhere(finished_run):
     for _, attributes in page.elements:
         for key in ("aria-labelledby", "data-copies"):
             assert attributes.get(key) is None or attributes[key] in names
-    references = re.findall(r'(?:xlink:href="|url\()#([\w-]+)', rendered(finished_run(metrics=MANY)))
+    references = re.findall(r'(?:xlink:href="|url\()#([\w-]+)', rich)
     assert references
     assert set(references) <= set(names)
 
@@ -181,10 +194,20 @@ def test_links_only_where_another_machine_can_follow_them(finished_run):
     assert "https://mlflow.example/#/experiments/4/runs/abc" in links
     assert "https://mlflow.example/#/models/m/versions/1" in links
     assert "https://airflow.example/dags/d/runs/r" in links
-    for address in ("http://localhost:5000", "http://127.0.0.1:5000", "http://[::1]:5000", "sqlite:////srv/mlflow.db"):
-        html = rendered(run, Places(tracking_uri=address, airflow_run=f"{address}/dags/d/runs/r", **known))
-        assert all(str(link["href"]).startswith("#") for link in Page(html).all("a"))
-        assert address in html
+    private = Places(tracking_uri="http://127.0.0.1:5000", airflow_run="http://localhost:8080/dags/d/runs/r", **known)
+    html = rendered(run, private)
+    assert all(str(link["href"]).startswith("#") for link in Page(html).all("a"))
+    assert "http://127.0.0.1:5000" in html
+
+
+@pytest.mark.parametrize(
+    "address", ["http://localhost:5000", "http://0.0.0.0:5000", "http://[::1]:5000", "sqlite:////srv/mlflow.db"]
+)
+def test_an_address_of_this_machine_alone_is_no_link(address):
+    places = Places(tracking_uri=address, airflow_run=f"{address}/dags/d", experiment_id="4", mlflow_run="abc")
+    assert places.mlflow_link is None
+    assert places.airflow_link is None
+    assert places.version_link({"model_name": "m", "model_version": 1}) is None
 
 
 def test_commands_can_be_typed(finished_run):
@@ -198,7 +221,7 @@ def test_commands_can_be_typed(finished_run):
 def test_a_bin_is_the_share_of_its_channels_that_is_kept():
     kept = np.random.default_rng(0).random((3, 1001)) > 0.4
     found = binned(kept, 10)
-    edges = [round(1001 * number / 10 - 0.5) for number in range(11)]
+    edges = [1001 * number // 10 for number in range(11)]
     for layer in range(3):
         for number in range(10):
             part = kept[layer, edges[number] : edges[number + 1]]
@@ -224,7 +247,7 @@ def test_what_was_not_recorded_is_left_out(finished_run):
     bare = dataclasses.replace(first, attention=None, seconds=None, peak_bytes=None)
     run.trajectory = dataclasses.replace(run.trajectory, steps=(bare, *others))
     page = Page(rendered(run))
-    assert page.row("1", having="3.5")[4:6] == ["–", "–"]
+    assert page.row("1", having="3.5")[4:6] == [DASH, DASH]
     run.trajectory = dataclasses.replace(run.trajectory, steps=(bare,) * len(run.trajectory.steps))
     assert "peak memory by step" not in rendered(run)
 
@@ -248,9 +271,9 @@ _STYLE = (Path(gisp_tasks.__file__).parent / "templates/report/page.css").read_t
 
 
 def _themes() -> dict[str, dict[str, str]]:
-    light, dark, printed = re.findall(r":root \{(.*?)\}", _STYLE, flags=re.DOTALL)
-    colours: Callable[[str], dict[str, str]] = lambda text: dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", text))  # noqa: E731
-    return {"light": colours(light), "dark": colours(dark)}
+    blocks = re.findall(r":root \{(.*?)\}", _STYLE, flags=re.DOTALL)[:2]
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in blocks)
+    return {"light": light, "dark": dark}
 
 
 def _luminance(colour: str) -> float:

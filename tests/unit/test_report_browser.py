@@ -85,16 +85,11 @@ def test_quiet_complete_and_within_the_screen(opened: Opened, file: Path) -> Non
         assert box["x"] + box["width"] <= width
         drawn = picture.evaluate("svg => [...svg.querySelectorAll('path, image')].some(p => p.getBBox().width > 20)")
         assert drawn
+    heights = page.locator("svg text").evaluate_all("all => all.map(text => text.getBoundingClientRect().height)")
+    assert min(heights) > 9
     # Nothing is closed to who cannot scroll sideways with a mouse.
     for table in page.locator(".scroll").all():
         assert table.get_attribute("tabindex") == "0"
-
-
-def test_letters_are_large_enough_to_read(opened: Opened) -> None:
-    heights = opened.page.evaluate(
-        "[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height)"
-    )
-    assert min(heights) > 8
 
 
 def test_light_and_dark_differ_in_ground_and_in_what_stands_on_it(browser: Any, file: Path) -> None:
@@ -102,7 +97,8 @@ def test_light_and_dark_differ_in_ground_and_in_what_stands_on_it(browser: Any, 
     for theme in ("light", "dark"):
         opened = Opened(browser, file, color_scheme=theme)
         found[theme] = opened.page.evaluate(
-            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('svg text')).fill]"
+            "[document.body, document.querySelector('svg text')].map(part => getComputedStyle(part))"
+            ".map((style, number) => number ? style.fill : style.backgroundColor)"
         )
         opened.close()
     assert found["light"][0] != found["dark"][0]
