@@ -11,11 +11,14 @@ from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.report import render
 from gisp_tasks.stores.manifest import deviations, environment, seal
 from gisp_tasks.tasks.gate import gate_metric
+from gisp_tasks.tasks.promotion import promotion_state
 from gisp_tasks.tasks.runtime import Json, Run, scratch
 from gisp_tasks.tasks.tracking import connect
 from gisp_tasks.tasks.upload_to_s3 import merged_evaluation
 
 logger = logging.getLogger(__name__)
+
+_UNREGISTERED = dict.fromkeys(("model_name", "model_version", "alias", "promotion"))
 
 
 def report(recipe: Json, run: Json) -> Json:
@@ -125,7 +128,7 @@ def _summary(run: Run, manifest: Json) -> Json:
     versions = _registered(run)
     levels = []
     for level in manifest["levels"]:
-        version = versions.get(level["name"], {"model_name": None, "model_version": None, "alias": None})
+        version = versions.get(level["name"], _UNREGISTERED)
         dense = level["name"] == DENSE
         gate = None if dense else "passed" if level["gate"]["passed"] else "failed"
         levels.append(
@@ -136,8 +139,9 @@ def _summary(run: Run, manifest: Json) -> Json:
                 "bytes": level["bytes"],
                 "metrics": level["evaluation"]["metrics"],
                 "uri": run.model["source"] if dense else f"{run.store.uri}/levels/{level['name']}",
-                **version,
+                **{name: version[name] for name in ("model_name", "model_version", "alias")},
                 "gate": gate,
+                "promotion": version["promotion"],
             }
         )
     seconds = [_seconds(run, step["number"]) for step in manifest["steps"]]
@@ -151,15 +155,17 @@ def _summary(run: Run, manifest: Json) -> Json:
 
 
 def _registered(run: Run) -> dict[str, dict[str, Any]]:
-    """Level name -> registered model, version and alias of this run."""
+    """Level name -> registered model, version, alias and state of promotion of this run."""
     mlflow, connection = run.recipe.publish.mlflow, connect(run)
     if mlflow is None or connection is None:
         return {}
+    aliases = connection[0].aliases(mlflow.model_name)
     return {
         version.tags["gisp.level"]: {
             "model_name": version.name,
             "model_version": version.version,
             "alias": version.alias,
+            "promotion": promotion_state(version, aliases),
         }
         for version in connection[0].versions(mlflow.model_name)
         if version.tags.get("gisp.run_id") == run.run_id
