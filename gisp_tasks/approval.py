@@ -52,7 +52,7 @@ class LevelApproval(ApprovalOperator):
         """Enter the request, and ask."""
         from gisp_tasks.tasks.promote import request
 
-        question = request(self.recipe, self.plan_ref, self.level_ref, key=f"{_place(context)}/request")
+        question = request(self.recipe, self.plan_ref, self.level_ref)
         if question is None:
             raise AirflowSkipException("nothing to ask: the level missed its gate, or is champion")
         if not context["params"][WAIT]:
@@ -65,15 +65,12 @@ class LevelApproval(ApprovalOperator):
         response = HITLOperator.execute_complete(self, context, dict(event))
         user = response["responded_by_user"] or {}
         at = response["responded_at"].isoformat(timespec="milliseconds")
+        task = context["ti"]
         return {
-            "key": f"{_place(context)}/{at}",
+            # With the time, so that a task that is cleared asks anew, and one that is tried again answers the same.
+            "key": f"airflow/{task.dag_id}/{task.run_id}/{task.task_id}/{at}",
             "at": at,
             "approved": response["chosen_options"] == [self.APPROVE],
             "by": list(dict.fromkeys(user[name] for name in ("id", "name") if user.get(name))),
             "reason": response["params_input"].get("reason"),
         }
-
-
-def _place(context: Any) -> str:
-    task_instance = context["ti"]
-    return f"airflow/{task_instance.dag_id}/{task_instance.run_id}/{task_instance.task_id}"

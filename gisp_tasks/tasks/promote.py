@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from uuid import uuid4
 
 from gisp_tasks.pruning.plan import DENSE, Keys
 from gisp_tasks.refs import ArtifactRef
@@ -15,17 +16,17 @@ from gisp_tasks.tasks.upload_to_s3 import merged_evaluation
 NOBODY = "nobody"
 
 
-def request(recipe: Json, run: Json, level: Json, *, key: str) -> Json | None:
-    """Enter that a level asks to become champion; None where there is nothing to ask.
+def request(recipe: Json, run: Json, level: Json) -> Json | None:
+    """Enter that a level asks to become champion, unless its last request is still open.
 
     Args:
         recipe: as data.
         run: reference of the plan.
         level: reference of ``level.json``.
-        key: of this request; the same for every attempt at it.
 
     Returns:
-        ``subject`` and ``body`` (Markdown) of the question. None when the level missed its gate or is champion.
+        ``subject`` and ``body`` (Markdown) of the question. None when the level missed its gate or is champion: there
+        is nothing to ask.
     """
     this = Run.open(recipe, run)
     promotable, record = _registered(this, level)
@@ -34,10 +35,11 @@ def request(recipe: Json, run: Json, level: Json, *, key: str) -> Json | None:
     if not promotable.gate_passed or champion == promotable.version.version:
         return None
     approvers = this.recipe.publish.promotion.approvers
-    decide(
-        promotable,
-        Decision(action="requested", key=key, at=now(), by=this.recipe.name, via="recipe", approvers=approvers),
-    )
+    last = [entry.decision for entry in promotable.entries()][-1:]
+    if not last or (last[0].action, last[0].approvers) != ("requested", approvers):
+        key = f"request/{uuid4().hex}"
+        by = this.recipe.name
+        decide(promotable, Decision(action="requested", key=key, at=now(), by=by, via="recipe", approvers=approvers))
     version = promotable.version
     return {
         "subject": f"Version {version.version} of {version.name}: champion of {promotable.level}?",

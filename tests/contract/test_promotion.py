@@ -324,6 +324,17 @@ def test_approve_and_roll_back_and_read_it_all(register: Register, tracking_uri:
     assert "former champion" in table
 
 
+def test_a_run_that_is_repeated_does_not_undo_a_rollback(register: Register, model_name: str) -> None:
+    """A gate's verdict has the same key whenever its run is repeated."""
+    good, bad = register(), register()
+    decide(good, yes("gate of the first"))
+    decide(bad, yes("gate of the second"))
+    champions.roll_back(bad.registry, model_name, LEVEL, by="ana", reason="worse")
+    decide(fresh(bad), yes("gate of the second"))
+    assert bad.champion() == good.version.version
+    assert champions.history(bad.registry, model_name)["problems"] == []
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_rollback_that_was_interrupted_is_not_made_twice(
