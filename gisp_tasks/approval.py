@@ -21,8 +21,8 @@ class LevelApproval(ApprovalOperator):
 
     It is skipped, and with it the promotion, when there is nothing to ask (the level missed its gate, or is champion)
     or when the DAG run says that nobody is there; the request then waits for `gisp approve`. No answer in time counts
-    as a rejection. Any answer is handed to the next task, which enters it in the history: unlike its base class, this
-    one does not skip what follows a rejection.
+    as a rejection; an answer that is lost with its worker is asked for again. Any answer is handed to the next task,
+    which enters it in the history: unlike its base class, this one does not skip what follows a rejection.
 
     Args:
         recipe: as data.

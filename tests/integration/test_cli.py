@@ -125,9 +125,7 @@ def test_run_summary(finished: Finished) -> None:
     assert all(list(level) == LEVEL_KEYS for level in summary["levels"])
     dense, *levels = summary["levels"]
     assert (dense["name"], dense["param_sparsity"], dense["parameters"]) == ("dense", 0, DENSE)
-    assert (
-        dense["model_name"] is dense["model_version"] is dense["alias"] is dense["gate"] is dense["promotion"] is None
-    )
+    assert {dense[key] for key in ("model_name", "model_version", "alias", "gate", "promotion")} == {None}
     assert [level["name"] for level in levels] == ["sp20", "sp40"]
     for level, target in zip(levels, (0.2, 0.4), strict=True):
         sparsity = 1 - (level["parameters"] - OTHER) / DECODER
