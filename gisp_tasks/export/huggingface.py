@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from gisp_tasks.errors import InputError
+from gisp_tasks.export.checkpoint import INDEX, Checkpoint
 from gisp_tasks.export.safetensors_stream import TensorPlan, shards, write_safetensors
 from gisp_tasks.pruning.families import ROWS, family_of
 from gisp_tasks.pruning.layout import layer_layout
@@ -28,9 +28,10 @@ from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.refs import canonical_json
 
 SHARD_BYTES = 5_000_000_000
-_INDEX = "model.safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+TOKENIZER_FILES = (
+    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+)
 _MODELING = "modeling_pruned"
 _CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 
@@ -43,6 +44,7 @@ def write_checkpoint(
     keep: KeepSets,
     dtype: str,
     replaced: Mapping[str, Path] = MappingProxyType({}),
+    auto_map: bool = True,
 ) -> int:
     """Write the subnetwork ``keep`` of the model in ``base`` to ``out``, tensor by tensor.
 
@@ -53,6 +55,8 @@ def write_checkpoint(
         keep: what stays.
         dtype: of the tensors written, a torch name.
         replaced: safetensors files of tensors that stand in for those of the same name, in the dense model's shape.
+        auto_map: put the modelling file into the directory and name it in its configuration, so that the level loads
+            where this package is not installed.
 
     Returns:
         The number of parameters written.
@@ -60,7 +64,7 @@ def write_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((base / "config.json").read_text())
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    tensors = list(_planned_tensors(_Checkpoint(base, replaced), config, geometry, keep))
+    tensors = list(_planned_tensors(Checkpoint(base, replaced), config, geometry, keep))
     files = shards(tensors, dtype=torch_dtype, max_bytes=SHARD_BYTES)
     weight_map: dict[str, str] = {}
     for number, part in enumerate(files, 1):
@@ -70,13 +74,17 @@ def write_checkpoint(
     if len(files) > 1:
         total = sum(plan.num_bytes(torch_dtype) for plan in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / _INDEX).write_bytes(canonical_json(index))
-    (out / "config.json").write_bytes(canonical_json(pruned_config(config, geometry, keep, dtype)))
-    module = f"{_MODELING}.py"
-    (out / module).write_text((resources.files("gisp_tasks.export.modeling") / module).read_text())
-    for name in (*_TOKENIZER_FILES, "generation_config.json"):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, out / name)
+        (out / INDEX).write_bytes(canonical_json(index))
+    written = pruned_config(config, geometry, keep, dtype)
+    if auto_map:
+        module = f"{_MODELING}.py"
+        (out / module).write_text((resources.files("gisp_tasks.export.modeling") / module).read_text())
+    else:
+        del written["auto_map"]
+    (out / "config.json").write_bytes(canonical_json(written))
+    for path in sorted(base.iterdir()):
+        if path.name in (*TOKENIZER_FILES, "generation_config.json") or path.name.startswith("LICENSE"):
+            shutil.copyfile(path, out / path.name)
     return sum(int(torch.Size(plan.shape).numel()) for plan in tensors)
 
 
@@ -103,39 +111,8 @@ def pruned_config(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets,
     }
 
 
-class _Checkpoint:
-    """The tensors of a model directory by name; some of them replaced.
-
-    A file is opened for one tensor at a time: pages of an open file stay in memory once they were read, up to the
-    whole model.
-    """
-
-    def __init__(self, directory: Path, replaced: Mapping[str, Path]) -> None:
-        self._replaced = replaced
-        index = directory / _INDEX
-        weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._path_of: dict[str, Path] = {}
-        for path in sorted({directory / name for name in weight_map.values()} or {directory / "model.safetensors"}):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
-                    self._path_of[name] = path
-
-    def names(self) -> list[str]:
-        return sorted(self._path_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def tensor(self, name: str) -> torch.Tensor:
-        with safe_open(self._replaced.get(name, self._path_of[name]), framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
-
-
 def _planned_tensors(
-    source: _Checkpoint, config: Mapping[str, Any], geometry: Geometry, keep: KeepSets
+    source: Checkpoint, config: Mapping[str, Any], geometry: Geometry, keep: KeepSets
 ) -> Iterator[TensorPlan]:
     """Every tensor of the base model, sliced where a projection says so."""
     cuts = _cuts(config, geometry, keep)

@@ -17,6 +17,7 @@ from gisp_tasks.recipe.evaluation import (
     SpeedEvaluation,
     TextEvaluation,
 )
+from gisp_tasks.recipe.export import ExportSection
 from gisp_tasks.recipe.method import (
     REFERENCE_PROTECT,
     REFERENCE_STRUCTURE_RATIO,
@@ -25,9 +26,10 @@ from gisp_tasks.recipe.method import (
     PruningSection,
     level_name,
 )
-from gisp_tasks.recipe.publish import AirflowSection, GateSection, MlflowSection, PromotionSection, PublishSection
+from gisp_tasks.recipe.publish import AirflowSection, EncryptionSection, GateSection, MlflowSection, PublishSection
 from gisp_tasks.recipe.reading import apply_settings, read_mapping, set_value
 from gisp_tasks.recipe.section import Section
+from gisp_tasks.recipe.signing import SigningSection
 from gisp_tasks.recipe.sources import (
     COMMONSENSE_TASKS,
     FILE_DATASETS,
@@ -47,17 +49,19 @@ __all__ = [
     "AirflowSection",
     "CalibrationSection",
     "ChoiceEvaluation",
+    "EncryptionSection",
     "EvaluationSection",
+    "ExportSection",
     "GateSection",
     "ImportanceSection",
     "MlflowSection",
     "ModelSection",
     "ProblemEvaluation",
-    "PromotionSection",
     "ProtectSection",
     "PruningSection",
     "PublishSection",
     "Recipe",
+    "SigningSection",
     "SpeedEvaluation",
     "TextEvaluation",
     "level_name",
@@ -77,6 +81,7 @@ class Recipe(Section):
     importance: ImportanceSection = ImportanceSection()
     pruning: PruningSection = PruningSection()
     evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection = ExportSection()
     publish: PublishSection
     airflow: AirflowSection = AirflowSection()
 
@@ -159,9 +164,9 @@ class Recipe(Section):
         return self.pruning.compensation_data or self.calibration
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of a run: all but where it is published, who promotes it and how it is scheduled."""
-        value = self.model_dump(mode="json", exclude={"airflow"})
-        del value["publish"]["store"], value["publish"]["promotion"]
+        """What decides the bytes of a run: all but where and how it is kept, the signing key, how it is scheduled."""
+        kept = {"store", "encryption", "signing"}
+        value = self.model_dump(mode="json", exclude={"airflow": True, "publish": kept})
         if value["publish"]["mlflow"]:
             del value["publish"]["mlflow"]["tracking_uri"]
         return value

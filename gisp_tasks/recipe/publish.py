@@ -1,11 +1,12 @@
 """Where a run's artefacts go, what they must meet, and what runs it."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from gisp_tasks.recipe.section import Section
+from gisp_tasks.recipe.signing import SigningSection
 
 
 class MlflowSection(Section):
@@ -43,27 +44,20 @@ class GateSection(Section):
     """Bytes of the level's checkpoint, all of its files."""
 
 
-class PromotionSection(Section):
-    """Which version of a level is its champion, the one that `models:/NAME@champion-sp40` serves."""
+class EncryptionSection(Section):
+    """Encryption of objects by the S3 server; one found there without it is refused."""
 
-    by: Literal["none", "gate", "approval"] = "none"
-    """`none`: no run moves a champion. `gate`: a version that passed the gate becomes champion at the end of its run,
-    once. `approval`: it becomes champion when one of `approvers` says so, in Airflow or with `gisp approve`."""
-    approvers: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(default=(), max_length=50)
-    """Ids of the Airflow users who may approve; most auth managers take the user name."""
-    timeout_hours: float = Field(default=168.0, gt=0, le=8760)
-    """How long Airflow waits for the answer; none by then is no approval."""
+    method: Literal["sse-s3", "sse-kms"] = "sse-s3"
+    """`sse-s3`: under a key of the server's own (AES256). `sse-kms`: under a key of its key management service."""
+    kms_key: str | None = Field(default=None, pattern=r"^[A-Za-z0-9:/_-]{1,256}$")
+    """Id, ARN or alias of the key for `sse-kms`; null: the account's default key."""
 
     @model_validator(mode="after")
-    def _approval_has_approvers(self) -> Self:
-        if self.by == "approval" and not self.approvers:
+    def _key_has_a_use(self) -> Self:
+        if self.kms_key is not None and self.method != "sse-kms":
             raise ValueError(
-                "by=approval was asked, and nobody is named who may approve; name at least one Airflow user in "
-                "`approvers`, or set by: gate"
-            )
-        if self.by != "approval" and self.approvers:
-            raise ValueError(
-                f"approvers were named with by={self.by}, which asks nobody; set by: approval, or remove `approvers`"
+                f"kms_key was given, and method is {self.method}, which has no key to choose; set method: sse-kms, or "
+                f"remove kms_key"
             )
         return self
 
@@ -73,18 +67,13 @@ class PublishSection(Section):
 
     store: str = Field(min_length=1)
     """s3://bucket/prefix, or file:///directory."""
+    encryption: EncryptionSection | None = None
+    """Encryption at rest of an s3:// store; null: whatever the bucket's default is."""
     mlflow: MlflowSection | None = None
     gate: GateSection = GateSection()
-    promotion: PromotionSection = PromotionSection()
-
-    @model_validator(mode="after")
-    def _promotion_has_a_registry(self) -> Self:
-        if self.promotion.by != "none" and self.mlflow is None:
-            raise ValueError(
-                f"promotion.by={self.promotion.by} moves an alias of a registered model, and the recipe names no "
-                f"registry; add publish.mlflow, or remove publish.promotion"
-            )
-        return self
+    signing: SigningSection | None = None
+    """Sign every level and the manifest; null: nothing is signed. May be set for a run that is finished: started again,
+    it gets its signatures."""
 
     @field_validator("store")
     @classmethod
@@ -98,6 +87,15 @@ class PublishSection(Section):
         if ".." in uri.split("/"):
             raise ValueError(f"{uri} contains '..'; write the address in full")
         return uri
+
+    @model_validator(mode="after")
+    def _encryption_has_a_server(self) -> Self:
+        if self.encryption is not None and not self.store.startswith("s3://"):
+            raise ValueError(
+                "encryption was given, and the store is a directory, which nobody encrypts; use an s3:// store, or "
+                "remove publish.encryption"
+            )
+        return self
 
 
 class AirflowSection(Section):

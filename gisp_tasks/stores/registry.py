@@ -21,7 +21,9 @@ from gisp_tasks.stores.lineage import dataset_input, flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.store.entities import PagedList
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,14 @@ RUN_TAG = "gisp.run_id"
 LEVEL_TAG = "gisp.level"
 DIGEST_TAG = "gisp.digest"
 GATE_TAG = "gate"
+MANIFEST_TAG = "gisp.manifest.sha256"
+"""Of the MLflow run: the digest of its ``manifest.json``."""
 
 _SQLITE = "sqlite:///"
 _SET_LOGIN = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 _PROBE_TIMEOUT_S = 4  # to connect, and again to answer
 _PARAMS_PER_BATCH = 100
+_ENTRIES_PER_PAGE = 500
 _MAX_PARAM_CHARACTERS = 6000
 _MAX_REASON_CHARACTERS = 500
 _RETRYABLE_STATUSES = (408, 409, 429, 499)  # and 5xx
@@ -82,6 +87,20 @@ class RegisteredVersion:
     tags: Mapping[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """What a registry holds.
+
+    Args:
+        models: names of the registered models, those without a version too.
+        places: ``model/version`` -> its source, and ``/runs/<run_id>`` of its tag: a copy keeps the tag, with another
+            source.
+    """
+
+    models: frozenset[str]
+    places: Mapping[str, str]
+
+
 def alias_name(level: str) -> str:
     """The alias of a level: its name, with ``_`` for the dot that MLflow does not allow (sp37.5 -> sp37_5)."""
     return level.replace(".", "_")
@@ -117,20 +136,27 @@ class MlflowRegistry:
         self._remote = not tracking_uri.startswith(_SQLITE)
         self._database = Path(tracking_uri.removeprefix(_SQLITE))  # read only where there is no server
 
-    def check(self) -> None:
+    def check(self, *, create: bool = True) -> None:
         """Ask the tracking server one question, without MLflow's minutes of retries.
 
+        Args:
+            create: make a database file that does not exist yet, where there is no server.
+
         Raises:
-            InputError: no tracking server answers at the address, or it refuses these credentials.
+            InputError: what answers at the address is no tracking server, or refuses these credentials; or the
+                database file cannot be used.
+            RegistryUnavailableError: nothing answers, or the server is out of order.
         """
         if self._remote:
-            found, needed = self._probe_server(), "a running MLflow tracking server that accepts this user is needed"
-            advice = f"Start it or correct the address; for a login: {_SET_LOGIN}"
-        else:
-            found, needed = self._probe_database(), "a database file that MLflow can write is needed"
-            advice = "Correct the path or its permissions, or name one that does not exist yet"
+            self._probe_server()
+            return
+        missing = not create and not self._database.is_file()
+        found = "there is no such file" if missing else self._probe_database()
         if found is not None:
-            raise InputError(f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; {needed}. {advice}")
+            raise InputError(
+                f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; a database file that MLflow can write is "
+                f"needed. Correct the path or its permissions, or name one that does not exist yet"
+            )
 
     def check_source(self, uri: str) -> None:
         """Whether a version may point below ``uri``.
@@ -164,8 +190,7 @@ class MlflowRegistry:
         """
         with self._mapped(f"open the MLflow run of {run_id}"):
             experiment_id = self._experiment_id(experiment)
-            found = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
-            run = found[0] if found else self._client.create_run(experiment_id, tags={RUN_TAG: run_id}, run_name=run_id)
+            run = self._only_run(experiment_id, run_id) or self._create_run(experiment_id, run_id)
             mlflow_run: str = run.info.run_id
             if run.info.status != "RUNNING":
                 self._client.update_run(mlflow_run, status="RUNNING")
@@ -185,6 +210,12 @@ class MlflowRegistry:
         """Write a small text as a file of the run."""
         with self._mapped(f"write {artifact_file} to MLflow run {mlflow_run}"):
             self._client.log_text(mlflow_run, text, artifact_file)
+
+    def tag_run(self, mlflow_run: str, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        with self._mapped(f"tag MLflow run {mlflow_run}"):
+            for key, value in tags.items():
+                self._client.set_tag(mlflow_run, key, value)
 
     def log_artifact(self, mlflow_run: str, path: Path, *, artifact_path: str | None = None) -> None:
         """Copy a small file to the run, into its directory ``artifact_path``."""
@@ -207,7 +238,7 @@ class MlflowRegistry:
         """
         self.check_source(level.source)
         with self._mapped(f"register {level.level} as a version of {level.model_name}"):
-            version = self._find_version(level) or self._create_version(level)
+            version = self._only_version(level) or self._create_version(level)
             number = str(version.version)
             for key, value in level.all_tags.items():
                 if version.tags.get(key) != value:
@@ -254,6 +285,25 @@ class MlflowRegistry:
         with self._mapped(f"tag version {version} of {model_name}"):
             self._client.set_model_version_tag(model_name, str(version), key, value)
 
+    def run_tags(self, *, experiment: str, run_id: str) -> dict[str, str] | None:
+        """The tags of the MLflow run of a pipeline run; None if there is none."""
+        with self._mapped(f"find the MLflow run of {run_id}"):
+            found = self._client.get_experiment_by_name(experiment)
+            if found is None:
+                return None
+            runs = self._client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
+        return dict(runs[0].data.tags) if runs else None
+
+    def inventory(self) -> "Inventory":
+        """Everything that is registered, by this package or by others."""
+        with self._mapped("list what is registered"):
+            models = list(_pages(self._client.search_registered_models))
+            versions = list(_pages(self._client.search_model_versions))
+        return Inventory(
+            models=frozenset(model.name for model in models),
+            places={f"{v.name}/{v.version}": f"{v.source} /runs/{v.tags.get(RUN_TAG, '')}" for v in versions},
+        )
+
     @cached_property
     def _client(self) -> "MlflowClient":
         from mlflow import MlflowClient
@@ -261,12 +311,12 @@ class MlflowRegistry:
         # Both addresses are given, so that MLFLOW_REGISTRY_URI cannot send versions elsewhere than runs.
         return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
 
-    def _probe_server(self) -> str | None:
-        """What is wrong with the server, or None."""
+    def _probe_server(self) -> None:
         from mlflow.exceptions import MlflowException
         from mlflow.utils.credentials import get_default_host_creds
         from mlflow.utils.rest_utils import http_request
 
+        kind: type[GispError] = RegistryUnavailableError
         try:
             # A question that needs a login, unlike /health; the client's own calls take no time limit.
             response = http_request(  # type: ignore[no-untyped-call]
@@ -279,12 +329,21 @@ class MlflowRegistry:
                 raise_on_status=False,
             )
         except MlflowException as error:
-            return f"no answer ({error.message})"
-        if response.status_code in (401, 403):
-            return f"the server refuses the credentials (HTTP {response.status_code})"
-        if response.status_code != 200 or "json" not in response.headers.get("content-type", ""):
-            return f"what answers there is no MLflow tracking server in service (HTTP {response.status_code})"
-        return None
+            found = f"no answer ({error.message})"
+        else:
+            status = response.status_code
+            if status == 200 and "json" in response.headers.get("content-type", ""):
+                return
+            if status in (401, 403):
+                found = f"the server refuses the credentials (HTTP {status})"
+            else:
+                found = f"what answers there is no MLflow tracking server in service (HTTP {status})"
+            if not _may_pass(status):
+                kind = InputError
+        raise kind(
+            f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; a running MLflow tracking server that "
+            f"accepts this user is needed. Start it or correct the address; for a login: {_SET_LOGIN}"
+        )
 
     def _probe_database(self) -> str | None:
         """What is wrong with the database file, or None. MLflow creates a missing one."""
@@ -318,20 +377,41 @@ class MlflowRegistry:
         for start in range(0, len(new), _PARAMS_PER_BATCH):
             self._client.log_batch(mlflow_run, params=new[start : start + _PARAMS_PER_BATCH])
 
-    def _find_version(self, level: LevelVersion) -> "ModelVersion | None":
+    def _only_run(self, experiment_id: str, run_id: str) -> "Run | None":
+        """The MLflow run of a pipeline run, after removing the copies that a repeated request made."""
+        found = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'")
+        runs = sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+        for copy in runs[1:]:
+            logger.warning("MLflow run %s is a copy of %s: removed", copy.info.run_id, runs[0].info.run_id)
+            self._client.delete_run(copy.info.run_id)
+        return runs[0] if runs else None
+
+    def _create_run(self, experiment_id: str, run_id: str) -> "Run":
+        created = self._client.create_run(experiment_id, tags={RUN_TAG: run_id}, run_name=run_id)
+        # MLflow's client sends a request again when its answer was lost, so one call may have made two.
+        return self._only_run(experiment_id, run_id) or created
+
+    def _only_version(self, level: LevelVersion) -> "ModelVersion | None":
+        """The version of a level, after removing the copies that a repeated request made."""
         found = self._client.search_model_versions(
             f"name = '{level.model_name}' and tag.`{DIGEST_TAG}` = '{level.digest}' "
             f"and tag.`{LEVEL_TAG}` = '{level.level}' and tag.`{RUN_TAG}` = '{level.run_id}'"
         )
         # The same run published to another store is another version: the old address may be gone.
-        return min((v for v in found if v.source == level.source), key=_number, default=None)
+        versions = sorted((v for v in found if v.source == level.source), key=_number)
+        for copy in versions[1:]:
+            logger.warning("Version %s of %s is a copy of %s: removed", copy.version, copy.name, versions[0].version)
+            self._client.delete_model_version(copy.name, str(copy.version))
+        return versions[0] if versions else None
 
     def _create_version(self, level: LevelVersion) -> "ModelVersion":
         _create_unless_there(lambda: self._client.create_registered_model(level.model_name))
         # The tags travel with the creation, so that a version is never without those it is found by.
-        return self._client.create_model_version(
+        created = self._client.create_model_version(
             level.model_name, level.source, run_id=level.mlflow_run, tags=level.all_tags
         )
+        # As in `_create_run`.
+        return self._only_version(level) or created
 
     @contextmanager
     def _mapped(self, action: str) -> Iterator[None]:
@@ -354,7 +434,7 @@ class MlflowRegistry:
             return InputError(
                 f"{reason}. The server refused (HTTP {status}); a user who may do this is needed. {_SET_LOGIN}"
             )
-        if status in _RETRYABLE_STATUSES or status >= 500:
+        if _may_pass(status):
             return RegistryUnavailableError(reason)
         return PermanentError(reason)
 
@@ -368,6 +448,20 @@ def _create_unless_there(create: Callable[[], object]) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _pages(search: "Callable[..., PagedList[Any]]") -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(max_results=_ENTRIES_PER_PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _may_pass(status: int) -> bool:
+    return status in _RETRYABLE_STATUSES or status >= 500
 
 
 def _number(version: "ModelVersion") -> int:

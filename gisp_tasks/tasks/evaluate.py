@@ -33,8 +33,7 @@ def evaluate(recipe: Json, run: Json, level: str, evaluation: str, model: Json |
             checkpoint = model_source.locate(this.model)
         else:
             checkpoint = this.store.fetch_directory(ArtifactRef.from_dict(model), directory / "model")
-        # A level's modelling file is this package's own; base models are loaded as the recipe says.
-        remote_code = model is not None or this.recipe.model.trust_remote_code
+        remote_code = this.recipe.model.trust_remote_code
         section = getattr(this.recipe.evaluation, evaluation)
         dtype = this.recipe.model.dtype
         if isinstance(section, SpeedEvaluation):

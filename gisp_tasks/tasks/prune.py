@@ -29,18 +29,19 @@ def prune(recipe: Json, run: Json, step: int, order: Json | None, scores: Json) 
 
 
 def extend(run: Run, step: int, order: RemovalOrder, scores: ArtifactRef) -> tuple[ArtifactRef, RemovalOrder]:
-    """Remove what a step removes, publish the longer order, and log the step's metrics."""
+    """Remove what a step removes, log the step's metrics, and publish the longer order."""
     with scratch() as directory:
         structure_scores, facts = StructureScores.load(run.store.fetch(scores, directory / "scores.safetensors"))
         removals = run.plan.steps[step - 1].removals(structure_scores, order.removals, run.geometry, run.limits)
         longer = order.extend(removals, step)
         path = directory / "removal_order.safetensors"
         longer.save(path, run.geometry, run.order_metadata)
+        sparsity = run.geometry.sparsity_of(longer.written(run.geometry, run.limits.width_multiple))
+        logger.info("Step %d: %d structures removed, parameter sparsity %.4f", step, len(removals), sparsity)
+        metrics = {"objective": facts["objective"], "removed_structures": len(removals), "param_sparsity": sparsity}
+        # Before the order is published: a task that finds it there does nothing more.
+        log_metrics(run, {f"step.{name}": value for name, value in metrics.items()}, step=step)
         if step == len(run.plan.steps):
             run.store.put(Keys.ORDER, path)
         ref = run.store.put(Keys.step(step, "removal_order.safetensors"), path)
-    sparsity = run.geometry.sparsity_of(longer.written(run.geometry, run.limits.width_multiple))
-    logger.info("Step %d: %d structures removed, parameter sparsity %.4f", step, len(removals), sparsity)
-    metrics = {"objective": facts["objective"], "removed_structures": len(removals), "param_sparsity": sparsity}
-    log_metrics(run, {f"step.{name}": value for name, value in metrics.items()}, step=step)
     return ref, longer

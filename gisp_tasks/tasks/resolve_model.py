@@ -16,11 +16,12 @@ from gisp_tasks.pruning.ranking import limits_of
 from gisp_tasks.pruning.structures import KeepSets
 from gisp_tasks.recipe import CalibrationSection, Recipe
 from gisp_tasks.refs import canonical_json, sha256_bytes
-from gisp_tasks.stores import model_source
+from gisp_tasks.stores import model_source, signatures
 from gisp_tasks.stores.artifacts import open_store
 from gisp_tasks.stores.registry import MlflowRegistry
 from gisp_tasks.tasks.measure import evaluation_sources
 from gisp_tasks.tasks.runtime import Json
+from gisp_tasks.tasks.services import check_services
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +39,14 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
 
     Raises:
         InputError: anything of the input cannot be used; nothing was written.
+        RetryableError: a server does not answer.
     """
     parsed = Recipe.parse(recipe)
     if revision is not None:
         parsed = parsed.model_copy(update={"model": parsed.model.model_copy(update={"revision": revision})})
-    open_store(parsed.publish.store).check()
-    registry = MlflowRegistry(parsed.publish.mlflow.tracking_uri) if parsed.publish.mlflow else None
-    if registry is not None:
-        registry.check_source(parsed.publish.store)
-        registry.check()
+    check_services(parsed)
+    if parsed.publish.signing is not None:
+        signatures.check_key(parsed.publish.signing)
     model = model_source.resolve(parsed.model)
     plan = make_plan(parsed, geometry_of(model["config"], granularity=parsed.importance.granularity))
     directory = model_source.locate(model)
@@ -54,6 +54,10 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
     compensation = _compensation_data(parsed, directory, model, calibration)
     datasets = {name: source.describe() for name, source in evaluation_sources(parsed).items()}
     _check_loss(parsed, plan, directory, calibration.set)
+    if parsed.export.gguf != "none":
+        from gisp_tasks.export.gguf import require_supported
+
+        require_supported(model["config"], directory)
 
     identity: Json = {
         "recipe": parsed.identity(),
@@ -66,7 +70,7 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
         "package_version": __version__,
     }
     run_id = sha256_bytes(canonical_json(identity))[:12]
-    store = open_store(f"{parsed.publish.store}/runs/{run_id}")
+    store = open_store(f"{parsed.publish.store}/runs/{run_id}", encryption=parsed.publish.encryption)
     if resume and store.stat(Keys.PLAN) is None:
         raise InputError(
             f"--resume was given, but {parsed.publish.store} holds no run {run_id}, which is what this recipe, model "
@@ -76,8 +80,8 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
     store.put_bytes(Keys.MODEL, canonical_json(model))
     document = {"run_id": run_id, "model": model, "identity": identity, "plan": plan.to_dict()}
     ref = store.put_bytes(Keys.PLAN, canonical_json(document))
-    if registry is not None:
-        registry.open_run(
+    if parsed.publish.mlflow is not None:
+        MlflowRegistry(parsed.publish.mlflow.tracking_uri).open_run(
             experiment=parsed.name, run_id=run_id, parameters=parsed.identity(), datasets=_lineage(identity["datasets"])
         )
     logger.info("Run %s of %s: %d steps to %s", run_id, parsed.name, len(plan.steps), ", ".join(parsed.level_names))

@@ -51,7 +51,7 @@ class Run:
         """
         parsed = Recipe.parse(recipe)
         ref = ArtifactRef.from_dict(run)
-        store = open_store(ref.uri.removesuffix("/" + Keys.PLAN))
+        store = open_store(ref.uri.removesuffix("/" + Keys.PLAN), encryption=parsed.publish.encryption)
         document = json.loads(store.read(ref))
         return cls(parsed, document["run_id"], document["model"], store)
 

@@ -442,7 +442,7 @@ class TestCheck:
             port = unused.getsockname()[1]
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://user:hidden-value@127.0.0.1:{port}")
         start = time.monotonic()
-        with pytest.raises(InputError, match=f"127.0.0.1:{port} does not answer") as raised:
+        with pytest.raises(StoreUnavailableError, match=f"127.0.0.1:{port} does not answer") as raised:
             open_store(f"s3://{s3.bucket}/check").check()
         assert time.monotonic() - start < 10
         assert "hidden-value" not in str(raised.value)
@@ -453,7 +453,7 @@ class TestCheck:
             silent.listen()
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1]}")
             start = time.monotonic()
-            with pytest.raises(InputError, match="does not answer"):
+            with pytest.raises(StoreUnavailableError, match="does not answer"):
                 open_store(f"s3://{s3.bucket}/check").check()
             assert time.monotonic() - start < 12
 
@@ -495,7 +495,7 @@ class TestCheck:
 
     def test_a_passing_error_is_tried_again_before(self, refusing: dict[str, Any]) -> None:
         refusing.update(status=503, code="SlowDown")
-        with pytest.raises(InputError, match="503 SlowDown"):
+        with pytest.raises(StoreUnavailableError, match="503 SlowDown"):
             open_store("s3://bucket/check").check()
         assert refusing["count"] > 1
 

@@ -17,7 +17,9 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 
 from gisp_tasks.demo.services import Service
 from gisp_tasks.errors import GispError, InputError, PermanentError, RegistryUnavailableError
@@ -103,6 +105,19 @@ def test_a_run_is_opened_once_and_reads_back(registry: MlflowRegistry, client: M
         "pruning.levels": "[0.2, 0.4]",
         "airflow.pool": "x",
     }
+
+
+def test_an_answer_that_is_lost_makes_no_second_run(mlflow_server: Service, client: MlflowClient) -> None:
+    """MLflow's client sends every request again whose answer does not come, those that create something too."""
+    experiment = f"experiment-{uuid.uuid4().hex}"
+    with FaultProxy(mlflow_server.port) as proxy:
+        proxy.lose_answer_to(b"POST /api/2.0/mlflow/runs/create")
+        run = _open(MlflowRegistry(proxy.url), experiment=experiment)
+        assert proxy.lost_answers == 1
+    experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    assert [found.info.run_id for found in client.search_runs([experiment_id])] == [run]
+    deleted = client.search_runs([experiment_id], run_view_type=ViewType.DELETED_ONLY)
+    assert len(deleted) == 1, "the server carried out both requests"
 
 
 def test_many_and_long_parameters(registry: MlflowRegistry, client: MlflowClient) -> None:
@@ -233,6 +248,20 @@ def test_what_the_server_refuses_is_permanent(registry: MlflowRegistry) -> None:
         registry.log_metrics(_open(registry), {"ppl@128": 1.0})
 
 
+def test_an_answer_that_is_lost_makes_no_second_version(
+    mlflow_server: Service, client: MlflowClient, level: LevelVersion
+) -> None:
+    with FaultProxy(mlflow_server.port) as proxy:
+        proxy.lose_answer_to(b"POST /api/2.0/mlflow/model-versions/create")
+        registered = MlflowRegistry(proxy.url).register_level(level)
+        assert proxy.lost_answers == 1
+    versions = client.search_model_versions(f"name = '{level.model_name}'")
+    assert [int(version.version) for version in versions] == [registered.version] == [1]
+    assert client.get_model_version_by_alias(level.model_name, "sp40").version == "1"
+    other = MlflowRegistry(mlflow_server.url).register_level(dataclasses.replace(level, level="sp50"))
+    assert other.version == 3, "the server carried out both requests, and numbers are not given twice"
+
+
 def test_a_server_that_went_away_is_retryable(
     registry: MlflowRegistry, level: LevelVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +280,7 @@ def test_check_of_nothing_and_of_silence(tmp_path: Path) -> None:
         silent.listen()
         for port in (_closed_port(), silent.getsockname()[1]):
             start = time.monotonic()
-            with pytest.raises(InputError, match=r"no answer.*(refused|timed out)"):
+            with pytest.raises(RegistryUnavailableError, match=r"no answer.*(refused|timed out)"):
                 MlflowRegistry(f"http://127.0.0.1:{port}").check()
             assert time.monotonic() - start < 15
 
@@ -301,7 +330,7 @@ def test_statuses_decide_about_another_try(
     with pytest.raises(error) as caught:
         _open(registry)
     assert type(caught.value) is error
-    with pytest.raises(InputError, match=f"HTTP {status}"):
+    with pytest.raises(RegistryUnavailableError if status >= 429 else InputError, match=f"HTTP {status}"):
         registry.check()
 
 

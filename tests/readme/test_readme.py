@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from gisp_tasks.recipe import Recipe
+from gisp_tasks.stores.registry import MlflowRegistry
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -55,9 +56,10 @@ def test_every_gisp_command_runs_as_written(tmp_path, testdata):
         "GISP_CACHE": str(tmp_path / "cache"),
         "MLFLOW_TRACKING_URI": registry["tracking_uri"],
     }
+    MlflowRegistry(environment["MLFLOW_TRACKING_URI"]).check()  # makes the file, which retention does not
     shown = commands("gisp")
     assert {shlex.split(line)[1] for line in shown} == {
-        *("plan", "run", "prune", "materialize", "evaluate", "compare"),
+        *("plan", "run", "verify", "prune", "materialize", "evaluate", "compare", "prune-store"),
         *("approve", "rollback", "history"),
     }
     # A rollback needs an earlier champion: both runs' versions are approved.
@@ -67,6 +69,7 @@ def test_every_gisp_command_runs_as_written(tmp_path, testdata):
         directory = tmp_path / {"prune": "pruned", "compare": "compared"}.get(shlex.split(line)[1], "level")
         words = {
             "RECIPE": str(recipe),
+            "RUN": str(next(tmp_path.glob("store/runs/*"), "")),
             "DIRECTORY": str(directory),
             "MODEL_DIRECTORY": str(model),
             "MODEL": registry["model_name"],
@@ -74,6 +77,7 @@ def test_every_gisp_command_runs_as_written(tmp_path, testdata):
             "LEVEL": "sp40",
             "model.source=MODEL_DIRECTORY": f"model.source={model}",
             "M": str(model),
+            "STORE": f"file://{tmp_path}/store",
             "removal_order.safetensors": str(tmp_path / "pruned" / "removal_order.safetensors"),
             "file:///srv/models": f"file://{tmp_path}/other-store",
             "pruning.steps=10": "pruning.steps=2",

@@ -80,7 +80,7 @@ def test_a_network_file_system_that_is_away_is_retryable(tmp_path: Path, monkeyp
     store = open_store(tmp_path.as_uri())
     with pytest.raises(StoreUnavailableError, match="Stale"):
         store.put_bytes("k", b"x")
-    with pytest.raises(InputError, match="Stale"):
+    with pytest.raises(StoreUnavailableError, match="Stale"):
         store.check()
 
 

@@ -258,34 +258,21 @@ def test_credentials_in_a_wrong_place_are_not_repeated(publish):
     assert SECRET not in refusal(publish=publish)
 
 
-# Who promotes
-
-APPROVAL = {"by": "approval", "approvers": ["ana"], "timeout_hours": 0.5}
-
-
-def test_nothing_is_promoted_unless_asked():
-    assert parse().publish.promotion.model_dump() == {"by": "none", "approvers": (), "timeout_hours": 168.0}
-
-
-@pytest.mark.parametrize("promotion", [{"by": "gate"}, APPROVAL])
-def test_a_promotion_needs_a_registry(promotion):
-    publish = {"store": "s3://models/gisp", "promotion": promotion}
-    assert "names no registry; add publish.mlflow" in refusal(publish=publish)
-    assert parse(publish=publish | {"mlflow": MLFLOW}).publish.promotion.by == promotion["by"]
-
-
 @pytest.mark.parametrize(
-    ("promotion", "expected"),
+    ("signing", "expected"),
     [
-        ({"by": "approval"}, "nobody is named who may approve"),
-        ({"by": "gate", "approvers": ["ana"]}, "approvers were named with by=gate, which asks nobody"),
-        (APPROVAL | {"timeout_hours": 0}, "publish.promotion.timeout_hours=0"),
-        (APPROVAL | {"approvers": [""]}, "publish.promotion.approvers[0]"),
-        ({"by": "vote"}, "publish.promotion.by='vote'"),
+        ({}, "a key has one place"),
+        ({"private_key_path": "/k.pem", "private_key_env": "KEY"}, "a key has one place"),
+        ({"private_key_env": f"-----BEGIN PRIVATE KEY-----\n{SECRET}: x"}, "private_key_env"),
+        ({"private_key_path": f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n" + 60 * "x"}, "private_key_path"),
+        ({"private_key": f"-----BEGIN PRIVATE KEY-----\n{SECRET}"}, "private_key: unknown key"),
     ],
 )
-def test_promotions_that_cannot_be(promotion, expected):
-    assert expected in refusal(publish={"store": "s3://models/gisp", "mlflow": MLFLOW, "promotion": promotion})
+def test_a_signing_key_has_one_place_and_is_not_repeated(signing, expected):
+    message = refusal(publish={"store": "s3://models/gisp", "signing": signing})
+    assert "publish.signing" in message
+    assert expected in message
+    assert SECRET not in message
 
 
 # What decides the bytes of a run
@@ -294,13 +281,15 @@ def test_promotions_that_cannot_be(promotion, expected):
 def test_identity_leaves_out_addresses_and_the_scheduler():
     here = parse(publish={"store": "s3://models/gisp", "mlflow": MLFLOW})
     there = parse(
-        publish={"store": "file:///srv", "mlflow": MLFLOW | {"tracking_uri": "http://other:1"}},
+        publish={
+            "store": "file:///srv",
+            "mlflow": MLFLOW | {"tracking_uri": "http://other:1"},
+            "signing": {"private_key_env": "KEY"},
+        },
         airflow={"pool": "gpu", "retries": 1, "steps_per_task": 30},
     )
     assert here.identity() == there.identity()
     assert here != there
-    asked = parse(publish={"store": "s3://models/gisp", "mlflow": MLFLOW, "promotion": APPROVAL})
-    assert asked.identity() == here.identity()
 
 
 @pytest.mark.parametrize(
