@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 PRODUCTION_VENV := .venv-production
-.PHONY: help setup demo demo-pages test test-slow test-production benchmark lint lock clean
+.PHONY: help setup demo demo-pages test test-slow test-production benchmark lint lock clean lint-docker images-lock
 
 help:  ## the targets and what they do
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(VENV)/installed  ## create .venv from requirements.lock (again when the lock changes)
 
@@ -18,9 +18,13 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@touch $@
 
 lock:  ## resolve pyproject.toml anew into requirements.lock (needs uv)
-	(sed -n '/^#/p' requirements.lock; uv pip compile --quiet --python-version 3.11 --extra demo --extra dev \
+	(sed -n '/^#/p' requirements.lock; uv pip compile --quiet --python-version 3.11 --extra demo --extra dev --extra signing \
 	  --no-annotate --no-header --no-emit-find-links $(UV_FLAGS) pyproject.toml | sed 's/^torch==\([0-9.]*\)+cpu/torch==\1/') > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+	@echo 'now: make setup images-lock'
+
+images-lock: setup  ## the images' parts of requirements.lock
+	$(BIN)/python docker/locks.py
 
 demo: setup  ## a real model through Airflow into S3 and MLflow, on this machine
 	$(BIN)/python -m gisp_tasks.demo run
@@ -34,9 +38,9 @@ test: setup  ## the fast suite
 test-slow: setup  ## minutes: kill -9 at ten moments, Airflow's own scheduler, SmolLM2-135M
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-$(PRODUCTION_VENV)/installed: requirements.lock tests/production/requirements.txt pyproject.toml
+$(PRODUCTION_VENV)/installed: requirements.lock docker/services.lock pyproject.toml
 	test -x $(PRODUCTION_VENV)/bin/python || $(PYTHON) -m venv $(PRODUCTION_VENV)
-	$(PRODUCTION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -r tests/production/requirements.txt
+	$(PRODUCTION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -r docker/services.lock
 	$(PRODUCTION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
@@ -45,14 +49,23 @@ test-production: $(PRODUCTION_VENV)/installed  ## an hour: Celery, PostgreSQL, R
 	  { echo "PostgreSQL and Redis are needed: apt-get install postgresql redis-server" >&2; exit 1; }
 	$(PRODUCTION_VENV)/bin/python -m pytest tests/production --fault-repeats $(or $(FAULT_REPEATS),1)
 
-benchmark: setup  ## minutes: cost of a scoring pass against one of the reference's shape, on SmolLM2-135M
+benchmark: setup  ## minutes: cost of scoring beside the reference's, and memory of materialize
 	$(BIN)/python tests/benchmarks/scoring.py
+	$(BIN)/python tests/benchmarks/materialize.py
 
-lint: setup  ## style, types, import contracts
+lint: setup lint-docker  ## style, types, import contracts, docker/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+lint-docker: .venv-lint/installed  ## Dockerfiles, scripts, compose file, Helm values
+	.venv-lint/bin/python docker/lint.py
+
+.venv-lint/installed: docker/requirements-lint.txt
+	$(PYTHON) -m venv --clear .venv-lint
+	.venv-lint/bin/python -m pip install --quiet --disable-pip-version-check -r docker/requirements-lint.txt
+	@touch $@
+
 clean:  ## remove the environment and the demo
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-lint demo

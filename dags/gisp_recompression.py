@@ -20,6 +20,7 @@ from gisp_tasks.errors import InputError, PermanentError
 from gisp_tasks.pruning.schedule import fused_steps, level_steps
 from gisp_tasks.recipe import Recipe
 from gisp_tasks.tasks.child import run_in_child
+from gisp_tasks.tasks.trigger import trigger_of
 
 Json = dict[str, Any]
 
@@ -76,6 +77,12 @@ def materialize(recipe: Json, run: Json, level: str, order: Json) -> Json:
 
 
 @task
+def export_gguf(recipe: Json, run: Json, level: str, model: Json) -> Json:
+    """Write a level's file for llama.cpp and read it back."""
+    return run_in_child("gisp_tasks.tasks.export_gguf:export_gguf", recipe=recipe, run=run, level=level, model=model)
+
+
+@task
 def evaluate(recipe: Json, run: Json, level: str, evaluation: str, model: Json | None) -> Json:
     """Measure a checkpoint as it lies in the store."""
     return run_in_child(
@@ -105,9 +112,9 @@ def register_model(recipe: Json, run: Json, level: Json) -> Json:
 
 
 @task
-def report(recipe: Json, run: Json) -> Json:
-    """Manifest and page of the finished run."""
-    return run_in_child("gisp_tasks.tasks.report:report", recipe=recipe, run=run)
+def report(recipe: Json, run: Json, dag_run: Any = None) -> Json:
+    """Manifest and page of the finished run; Airflow fills in ``dag_run``."""
+    return run_in_child("gisp_tasks.tasks.report:report", recipe=recipe, run=run, trigger=trigger_of(dag_run))
 
 
 def recompression_dag(recipe: Recipe, source: Path) -> DAG:
@@ -178,6 +185,8 @@ def _level(recipe: Recipe, data: Json, run: Any, name: str, order: Any, dense: l
         evaluations = _evaluations(recipe, data, run, name, model)
         uploaded = upload_to_s3(data, run, name, model, order)
         [*evaluations, *dense] >> uploaded
+        if recipe.export.gguf != "none":
+            export_gguf(data, run, name, model) >> uploaded
         return register_model(data, run, uploaded) if recipe.publish.mlflow else uploaded
 
 

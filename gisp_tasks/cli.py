@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,16 @@ Settings = Annotated[
     list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Overrides one value of the recipe; repeatable.")
 ]
 StoreUri = Annotated[str | None, typer.Option("--store", metavar="URI", help="Replaces publish.store.")]
+
+
+class LevelFormat(StrEnum):
+    """What `gisp materialize` writes."""
+
+    hf = "hf"
+    gguf = "gguf"
+
+
+GgufType = StrEnum("GgufType", ["float32", "float16", "bfloat16", "q8_0"])
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else there.")]
 
 
@@ -158,7 +169,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Calibration and steps only: writes removal_order.safetensors and the scores of each step."""
-    overrides = (*settings, "publish.mlflow=null", "airflow.steps_per_task=1")
+    overrides = (*settings, "publish.mlflow=null", "publish.encryption=null", "airflow.steps_per_task=1")
     parsed = Recipe.load(recipe, overrides, f"file://{out.absolute()}")
     from gisp_tasks.tasks.prune_only import prune_only
 
@@ -171,17 +182,29 @@ def prune(
 @_reports_errors
 def materialize(
     model: Annotated[str, typer.Option("--model", metavar="M", help="The base model: hub id, directory, s3://.")],
-    order: Annotated[Path, typer.Option("--order", metavar="F", help="removal_order.safetensors of a run.")],
+    order: Annotated[str, typer.Option("--order", metavar="F", help="removal_order.safetensors of a run, or s3://.")],
     sparsity: Annotated[float, typer.Option("--sparsity", help="Parameter sparsity, up to the order's end.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A directory that is empty or not there yet.")],
+    out: Annotated[
+        str, typer.Option("--out", metavar="DIR", help="A directory that is empty or not there yet, or s3://.")
+    ],
     width_multiple: Annotated[int, typer.Option(help="MLP widths are rounded up to a multiple of this.")] = 32,
     dtype: Annotated[str | None, typer.Option(help="Type of the weights; by default the model's own.")] = None,
     compensate: Annotated[
         Path | None, typer.Option(metavar="TOKENS", help="Token ids (.npy, .safetensors) to fit least squares on.")
     ] = None,
+    file_format: Annotated[
+        LevelFormat, typer.Option("--format", help="A Hugging Face directory, or a file for llama.cpp.")
+    ] = LevelFormat.hf,
+    gguf_type: Annotated[
+        GgufType | None, typer.Option("--gguf-type", help="Of the matrices in the file; by default float16.")
+    ] = None,
 ) -> None:
     """Cut any level from a base model and a removal order; no accelerator needed."""
     from gisp_tasks.tasks.materialize import materialize_from_order
+
+    if gguf_type is not None and file_format is not LevelFormat.gguf:
+        raise InputError(f"--gguf-type {gguf_type.value} was given without --format gguf; add it, or leave it out")
+    matrices = gguf_type or GgufType.float16
 
     parameters = materialize_from_order(
         model,
@@ -191,6 +214,7 @@ def materialize(
         width_multiple=width_multiple,
         dtype=dtype,
         compensate=compensate,
+        gguf=matrices.value if file_format is LevelFormat.gguf else None,
     )
     sys.stdout.write(f"{out}: {level_name(sparsity)}, {parameters:,} parameters\n")
 
@@ -204,20 +228,39 @@ def evaluate(
         list[str], typer.Option("--set", metavar="TASK.KEY=VALUE", help="As in a recipe's `evaluation`.")
     ] = [],  # noqa: B006 - typer copies it
     dtype: Annotated[str, typer.Option(help="Type to hold the weights in.")] = "float32",
+    dense: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The model that `--task speed` is compared with, in turn.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that DIR carries, other than a level's own.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure any checkpoint as the pipeline does. Code that it carries is run, as for a level of a run."""
+    """Measure any checkpoint as the pipeline does. The code of a level, byte for byte this package's, is run."""
     from gisp_tasks.recipe.reading import apply_settings
-    from gisp_tasks.tasks.measure import measure
+    from gisp_tasks.tasks.measure import measure, measure_speed
 
+    if dense is not None and "speed" not in task:
+        raise InputError(f"--dense {dense} was given, and only `--task speed` reads it; add that task, or leave it out")
     chosen: dict[str, Any] = {name: {} for name in task}
     apply_settings(chosen, tuple(settings), EvaluationSection)
     section = EvaluationSection.parse(chosen, origin="--task")
-    if not (checkpoint / "config.json").is_file():
-        raise InputError(f"{checkpoint}: no config.json was found; give the directory of a Hugging Face checkpoint")
-    results = {
-        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=True) for name in task
+    for directory in (checkpoint, *([dense] if dense else [])):
+        if not (directory / "config.json").is_file():
+            raise InputError(f"{directory}: no config.json was found; give the directory of a Hugging Face checkpoint")
+    from gisp_tasks.export.code import may_run_code
+
+    # A set, so that each of them is checked.
+    code = True in {
+        may_run_code(directory, allowed=trust_remote_code) for directory in (checkpoint, dense) if directory
     }
+    results = {
+        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=code)
+        for name in task
+        if name != "speed"
+    }
+    if section.speed is not None:
+        results["speed"] = measure_speed(checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=code)
     if as_json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return
@@ -260,6 +303,78 @@ def compare(
         console.print(comparison.heading(result, metric), highlight=False, soft_wrap=True)
         console.print(comparison.comparison_table(result, metric))
     sys.stdout.write(f"{out / 'comparison.json'}\n")
+
+
+@app.command()
+@_reports_errors
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Prefix of a run (s3://, file://), or its manifest.json.")],
+    replay: Annotated[bool, typer.Option("--replay", help="Repeat the steps and compare the removal order.")] = False,
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM public key; checks every signature with it.")
+    ] = None,
+    registry: Annotated[bool, typer.Option(help="Compare versions, tags and aliases with the manifest.")] = True,
+    tracking_uri: Annotated[
+        str | None, typer.Option(metavar="URI", envvar="MLFLOW_TRACKING_URI", help="Where the registry is.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a finished run again and hold it against its manifest; exit status 1 where something does not hold.
+
+    One finding a line: what was checked, where, and what is so against what the record says.
+    """
+    from gisp_tasks.audit.verify import Wanted
+    from gisp_tasks.audit.verify import verify as audit
+
+    level = logging.INFO if replay else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    report = audit(run, Wanted(public_key, registry, tracking_uri, replay))
+    found = report.audit
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict(), indent=1) + "\n")
+    else:
+        for finding in found.findings:
+            sys.stdout.write(f"{finding}\n")
+        for note in found.notes:
+            sys.stdout.write(f"note       {note}\n")
+        result = "clean" if report.clean else f"{len(found.findings)} findings"
+        sys.stdout.write(f"{report.prefix}: {found.objects} objects, {found.size:,} bytes read: {result}\n")
+    if not report.clean:
+        raise typer.Exit(1)
+
+
+@app.command("prune-store")
+@_reports_errors
+def prune_store(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="publish.store of the recipes.", show_default=False)],
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=1, help="Runs that wrote anything in this many days stay.")
+    ] = 90,
+    tracking_uri: Annotated[
+        str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="The registry to ask.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it nothing is removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show, and with --yes remove, old runs that no registered version and no other run needs."""
+    if tracking_uri is None:
+        raise InputError(
+            "prune-store was asked for, and no registry was named; a run may go only when its registry says that no "
+            "level of it is a version. Give --tracking-uri, or set MLFLOW_TRACKING_URI"
+        )
+    from gisp_tasks.console import retention_table
+    from gisp_tasks.tasks import prune_store as retention
+
+    found = retention.review(store, tracking_uri=tracking_uri, keep_days=keep_days)
+    removed = retention.remove(store, found, tracking_uri=tracking_uri) if yes else None
+    if as_json:
+        gone = [run.run_id for run in removed.going] if removed else []
+        sys.stdout.write(json.dumps({**found.to_dict(), "removed": gone}, indent=1) + "\n")
+        return
+    Console().print(retention_table(found.to_dict()["runs"], title=store))
+    shown = removed or found
+    verb = "removed" if yes else "would be removed (--yes removes them)"
+    sys.stdout.write(f"{len(shown.going)} of {len(found.runs)} runs, {shown.num_bytes:,} bytes: {verb}\n")
 
 
 def _whole_numbers(text: str) -> list[int]:

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,16 @@ class TaskProgress:
         mark = "[green]done[/]" if state == "success" else "[red]failed[/]"
         self._progress.console.print(f"  {mark}  {task_id}  [dim]{took:.1f} s[/]", highlight=False)
         self._progress.advance(self._bar)
+
+
+def retention_table(runs: Sequence[Mapping[str, Any]], *, title: str) -> Table:
+    """The runs of a store, one line each."""
+    table = Table("run", "", "days", "bytes", "stays because", title=title, title_justify="left")
+    for run in runs:
+        state = "finished" if run["finished"] else "unfinished"
+        reason = run["kept_because"] or "[bold]it does not[/]"
+        table.add_row(run["run_id"], state, f"{run['age_days']:.1f}", f"{run['num_bytes']:,}", reason)
+    return table
 
 
 def ladder_table(summary: Mapping[str, Any]) -> Table:

@@ -23,6 +23,7 @@ def render(summary: Mapping[str, Any], *, manifest: Mapping[str, Any], curve_met
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["gate_value"] = gate_value
     headline, by_task = metric_names(summary["levels"])
     curve = _curve_svg(summary["levels"], curve_metric) if curve_metric else None
     return environment.get_template("report.html.jinja").render(
@@ -33,6 +34,13 @@ def render(summary: Mapping[str, Any], *, manifest: Mapping[str, Any], curve_met
         curve=curve,
         curve_metric=curve_metric,
     )
+
+
+def gate_value(value: bool | int | float) -> str:
+    """A value or a limit of a check of the gate, as tables show it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def metric_names(levels: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:

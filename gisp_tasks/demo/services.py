@@ -74,14 +74,17 @@ class Service(AbstractContextManager["Service"]):
         _stop_group(self.process)
 
 
-def start_s3(directory: Path, *, access_key: str, secret_key: str, port: int | None = None) -> Service:
+def start_s3(
+    directory: Path, *, access_key: str, secret_key: str, port: int | None = None, identities: Path | None = None
+) -> Service:
     """A running S3 server whose objects lie in ``directory``; it has no bucket yet.
 
     Args:
         directory: created when missing; also holds the log.
-        access_key: the one access key that it accepts.
+        access_key: of its administrator, and without ``identities`` the only one that it accepts.
         secret_key: its secret.
         port: S3 port; by default a free one.
+        identities: SeaweedFS's file of all keys and what each may do, the administrator's too.
 
     Raises:
         InputError: the server's program is not installed, or ``port`` is taken.
@@ -102,6 +105,7 @@ def start_s3(directory: Path, *, access_key: str, secret_key: str, port: int | N
         *(f"-filer.port={filer_port}", f"-admin.port={admin_port}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
         # As on AWS, an upload does not create the bucket: a misspelt one is an error.
         *("-s3.autoCreateBucket=false", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"),
+        *([f"-s3.config={identities}"] if identities else []),
     ]
     url = f"http://127.0.0.1:{s3_port}"
     environment = {

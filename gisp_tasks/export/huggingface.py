@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from gisp_tasks.errors import InputError
+from gisp_tasks.export.checkpoint import INDEX, Checkpoint
 from gisp_tasks.export.safetensors_stream import TensorPlan, shards, write_safetensors
 from gisp_tasks.pruning.families import ROWS, family_of
 from gisp_tasks.pruning.layout import layer_layout
@@ -29,9 +28,10 @@ from gisp_tasks.pruning.structures import Geometry, KeepSets
 from gisp_tasks.refs import canonical_json
 
 SHARD_BYTES = 5_000_000_000
-_INDEX = "model.safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+TOKENIZER_FILES = (
+    *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+)
 _MODELING = "modeling_pruned"
 _CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 
@@ -44,6 +44,7 @@ def write_checkpoint(
     keep: KeepSets,
     dtype: str,
     replaced: Mapping[str, Path] = MappingProxyType({}),
+    auto_map: bool = True,
 ) -> int:
     """Write the subnetwork ``keep`` of the model in ``base`` to ``out``, tensor by tensor.
 
@@ -54,6 +55,8 @@ def write_checkpoint(
         keep: what stays.
         dtype: of the tensors written, a torch name.
         replaced: safetensors files of tensors that stand in for those of the same name, in the dense model's shape.
+        auto_map: put the modelling file into the directory and name it in its configuration, so that the level loads
+            where this package is not installed.
 
     Returns:
         The number of parameters written.
@@ -61,24 +64,27 @@ def write_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((base / "config.json").read_text())
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    with _OpenCheckpoint(base, replaced) as source:
-        tensors = list(_planned_tensors(source, config, geometry, keep))
-        files = shards(tensors, dtype=torch_dtype, max_bytes=SHARD_BYTES)
-        weight_map: dict[str, str] = {}
-        for number, part in enumerate(files, 1):
-            name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            write_safetensors(out / name, part, dtype=torch_dtype)
-            weight_map.update({plan.name: name for plan in part})
+    tensors = list(_planned_tensors(Checkpoint(base, replaced), config, geometry, keep))
+    files = shards(tensors, dtype=torch_dtype, max_bytes=SHARD_BYTES)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(files, 1):
+        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        write_safetensors(out / name, part, dtype=torch_dtype)
+        weight_map.update({plan.name: name for plan in part})
     if len(files) > 1:
         total = sum(plan.num_bytes(torch_dtype) for plan in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / _INDEX).write_bytes(canonical_json(index))
-    (out / "config.json").write_bytes(canonical_json(pruned_config(config, geometry, keep, dtype)))
-    module = f"{_MODELING}.py"
-    (out / module).write_text((resources.files("gisp_tasks.export.modeling") / module).read_text())
-    for name in (*_TOKENIZER_FILES, "generation_config.json"):
-        if (base / name).is_file():
-            shutil.copyfile(base / name, out / name)
+        (out / INDEX).write_bytes(canonical_json(index))
+    written = pruned_config(config, geometry, keep, dtype)
+    if auto_map:
+        module = f"{_MODELING}.py"
+        (out / module).write_text((resources.files("gisp_tasks.export.modeling") / module).read_text())
+    else:
+        del written["auto_map"]
+    (out / "config.json").write_bytes(canonical_json(written))
+    for path in sorted(base.iterdir()):
+        if path.name in (*TOKENIZER_FILES, "generation_config.json") or path.name.startswith("LICENSE"):
+            shutil.copyfile(path, out / path.name)
     return sum(int(torch.Size(plan.shape).numel()) for plan in tensors)
 
 
@@ -105,43 +111,8 @@ def pruned_config(config: Mapping[str, Any], geometry: Geometry, keep: KeepSets,
     }
 
 
-class _OpenCheckpoint:
-    """The safetensors files of a model directory, opened lazily, addressed by tensor name; some tensors replaced."""
-
-    def __init__(self, directory: Path, replaced: Mapping[str, Path]) -> None:
-        self._replaced = replaced
-        index = directory / _INDEX
-        weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else None
-        names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
-        self._paths = {name: directory / name for name in names}
-        self._files: dict[str, Any] = {}
-        self._file_of: dict[str, str] = weight_map or {}
-
-    def __enter__(self) -> "_OpenCheckpoint":
-        for name, path in self._paths.items():
-            self._files[name] = safe_open(path, framework="pt")
-            self._file_of.update(dict.fromkeys(self._files[name].keys(), name))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.clear()
-
-    def names(self) -> list[str]:
-        return sorted(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        if name in self._replaced:
-            replacement: torch.Tensor = load_file(self._replaced[name])[name]
-            return replacement
-        tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
-        return tensor
-
-
 def _planned_tensors(
-    source: _OpenCheckpoint, config: Mapping[str, Any], geometry: Geometry, keep: KeepSets
+    source: Checkpoint, config: Mapping[str, Any], geometry: Geometry, keep: KeepSets
 ) -> Iterator[TensorPlan]:
     """Every tensor of the base model, sliced where a projection says so."""
     cuts = _cuts(config, geometry, keep)

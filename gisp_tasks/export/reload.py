@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,8 +27,11 @@ class ReloadProof:
 
     Args:
         max_logit_difference: largest absolute difference of a logit.
-        greedy_equal: the first ``greedy_tokens`` greedy tokens are the same.
+        greedy_equal: the first ``greedy_tokens`` greedy tokens are the same, but for a tie: where they part, the
+            masked model holds both tokens for equally likely, within the tolerance.
         num_tokens: tokens of the prompt that was compared.
+        tolerance: of a logit.
+        versions: of the libraries that loaded the level.
     """
 
     max_logit_difference: float
@@ -35,6 +39,7 @@ class ReloadProof:
     greedy_tokens: int
     num_tokens: int
     tolerance: float
+    versions: Mapping[str, str]
 
 
 def load_model(directory: Path, *, dtype: str, trust_remote_code: bool = False, device: str | None = None):  # type: ignore[no-untyped-def]
@@ -43,9 +48,11 @@ def load_model(directory: Path, *, dtype: str, trust_remote_code: bool = False, 
     Args:
         directory: a Hugging Face directory.
         dtype: torch name of the type to hold weights in.
-        trust_remote_code: run modelling code that the directory carries. A level's own code is this package's.
+        trust_remote_code: run modelling code that the directory carries. Levels of this package need none: its
+            classes are registered (`export.registered`).
         device: by default the accelerator, if there is one.
     """
+    _know_levels(directory, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, local_files_only=True
@@ -62,10 +69,23 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False):  # type
     Raises:
         InputError: there is none, or it cannot be read.
     """
+    _know_levels(directory, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizers raise many types for a broken file
         raise InputError(f"the model has no tokenizer that transformers can load: {error}") from error
+
+
+def _know_levels(directory: Path, trust_remote_code: bool) -> None:
+    """Register this package's classes for a level that is loaded without code of its own.
+
+    Not before it is needed: registered classes come before those of a directory, whatever it is trusted with.
+    """
+    config = directory / "config.json"
+    if not trust_remote_code and config.is_file() and '"pruned_' in config.read_text():
+        from gisp_tasks.export import registered
+
+        registered.register()
 
 
 def replace_weights(model: torch.nn.Module, replaced: Mapping[str, Path]) -> None:
@@ -104,24 +124,46 @@ def prove_reload(
     _round_weights(masked, _stored_dtype(level))
     mask_model(masked, geometry, keep)
     expected, expected_tokens = _logits_and_greedy(masked, ids, greedy_tokens)
-    del masked
-    sliced = load_model(level, dtype="float32", device="cpu", trust_remote_code=True)
+    # As a user loads it who has nothing but the directory.
+    sliced = load_model(level, dtype="float32", device="cpu", trust_remote_code=_carries_code(level))
     found, found_tokens = _logits_and_greedy(sliced, ids, greedy_tokens)
     difference = float((expected - found).abs().max())
     tolerance = MAX_LOGIT_DIFFERENCE_REARRANGED if geometry.separate_heads else MAX_LOGIT_DIFFERENCE
     proof = ReloadProof(
         max_logit_difference=difference,
-        greedy_equal=bool(torch.equal(expected_tokens, found_tokens)),
+        greedy_equal=_same_but_for_ties(masked, expected_tokens, found_tokens, 2 * tolerance),
         greedy_tokens=greedy_tokens,
         num_tokens=len(prompt),
         tolerance=tolerance,
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
     if not difference <= tolerance:
         raise NumericsError(
             f"the exported level is not the masked base model: logits differ by {difference:.3g}, allowed is "
-            f"{tolerance:g}; the checkpoint was not published"
+            f"{tolerance:g}; it is not packaged"
+        )
+    if not proof.greedy_equal:
+        raise NumericsError(
+            f"the exported level is not the masked base model: of {greedy_tokens} greedy tokens some differ, although "
+            f"logits of the prompt are within {difference:.3g}; it is not packaged"
         )
     return proof
+
+
+def _carries_code(directory: Path) -> bool:
+    return "auto_map" in json.loads((directory / "config.json").read_text())
+
+
+def _same_but_for_ties(model: torch.nn.Module, expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> bool:
+    """Whether two continuations [1, T] of one prompt are equal up to a place where ``model`` cannot tell them apart."""
+    length = min(expected.shape[1], found.shape[1])
+    parted = torch.nonzero(expected[0, :length] != found[0, :length])
+    if not len(parted):
+        return expected.shape == found.shape
+    place = int(parted[0])
+    with torch.inference_mode():
+        logits = model(input_ids=expected[:, :place], use_cache=False).logits[0, -1]
+    return bool((logits[expected[0, place]] - logits[found[0, place]]).abs() <= tolerance)
 
 
 def _round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:

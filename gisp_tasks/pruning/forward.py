@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 
+from gisp_tasks.pruning.cross_entropy import weighted_cross_entropy
 from gisp_tasks.pruning.objectives import CalibrationSet
 from gisp_tasks.pruning.rows import Row, micro_batches, rows_of
 
@@ -31,7 +31,8 @@ class Batch:
         positions: int64 [B, T], as in `Row`; 0 on padding.
         segments: int64 [B, T], as in `Row`; -1 on padding. None: every row is one sequence.
         places: int64 [P], places of the flattened rows that predict a target, rising, each once.
-        predictors: int64 [N], which of ``places`` predicts each target.
+        predictors: int64 [N], which of ``places`` predicts each target; never falls. A place may predict the first
+            token of several segments.
         targets: int64 [N], token ids.
         weights: float64 [N].
     """
@@ -70,32 +71,34 @@ def _batch(rows: list[Row], device: torch.device) -> Batch:
     places, predictors = np.unique(
         np.concatenate([row.predictors + i * length for i, row in enumerate(rows)]), return_inverse=True
     )
+    # Each place's targets together, as the loss reads them.
+    order = np.argsort(predictors, kind="stable")
     shared = any(row.segments.max() > 1 for row in rows)
     return Batch(
         tokens=padded("tokens", 0),
         positions=padded("positions", 0),
         segments=padded("segments", _PADDING) if shared else None,
         places=joined([places]),
-        predictors=joined([predictors]),
-        targets=joined([row.targets for row in rows]),
-        weights=joined([row.weights for row in rows]),
+        predictors=joined([predictors])[order],
+        targets=joined([row.targets for row in rows])[order],
+        weights=joined([row.weights for row in rows])[order],
     )
 
 
-def batch_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Weighted sum of token losses; logits are computed once for each place that predicts, and nowhere else.
+def batch_loss(model: nn.Module, batch: Batch, scale: float = 1.0) -> torch.Tensor:
+    """``scale`` times the weighted sum of token losses; logits are computed once for each place that predicts.
 
     Rows of one sequence need no mask: attention is causal and padding stands at the right, so it cannot reach a target.
     """
     layout = {} if batch.segments is None else _layout(model, batch.positions, batch.segments)
     hidden_btd = model.model(input_ids=batch.tokens, use_cache=False, **layout).last_hidden_state  # type: ignore[operator]
-    logits = model.lm_head(hidden_btd.flatten(0, 1)[batch.places])  # type: ignore[operator]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if batch.segments is not None:
-        # A place may predict the first token of several segments; elsewhere places and targets go together one by one.
-        logits = logits[batch.predictors]
-    losses = functional.cross_entropy(logits, batch.targets, reduction="none")
-    return (losses * batch.weights.to(losses.dtype)).sum()
+    return weighted_cross_entropy(
+        hidden_btd.flatten(0, 1)[batch.places],
+        model.lm_head,  # type: ignore[arg-type]
+        predictors=batch.predictors,
+        targets=batch.targets,
+        weights=batch.weights * scale,
+    )
 
 
 def _layout(model: nn.Module, positions: torch.Tensor, segments: torch.Tensor) -> dict[str, Any]:
@@ -146,10 +149,10 @@ def backward_pass(model: nn.Module, calibration: CalibrationSet, max_tokens: int
     scale = _loss_scale(calibration)
     total = torch.zeros((), dtype=torch.float64, device=device_of(model))
     for batch in batches(calibration, max_tokens, device_of(model)):
-        loss = batch_loss(model, batch)
-        (loss * scale).backward()  # type: ignore[no-untyped-call]
+        loss = batch_loss(model, batch, scale)
+        loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach().double()
-    return float(total), scale
+    return float(total) / scale, scale
 
 
 def _loss_scale(calibration: CalibrationSet) -> float:

@@ -16,6 +16,8 @@ from gisp_tasks.recipe import Recipe, level_name
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MICRO_BATCH_TOKENS = 2048
+LOGIT_BYTES = 512 * 2**20
+"""Logits that an accelerator holds at once; see `cross_entropy`."""
 DENSE = "dense"
 
 
@@ -99,7 +101,7 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
 
     Raises:
         InputError: the levels or the structure ratio cannot be reached with what the recipe protects, or the
-            sequences are longer than the model's context.
+            sequences (or the prompt of the speed report) are longer than the model's context.
     """
     limits = limits_of(recipe.pruning.protect, recipe.pruning.width_multiple, geometry.num_layers)
     _check_reach(recipe, geometry, limits)
@@ -112,6 +114,8 @@ def make_plan(recipe: Recipe, geometry: Geometry) -> Plan:
                 f"{name}.sequence_length={section.sequence_length} is more than the model's context of "
                 f"{geometry.max_positions} tokens; lower it"
             )
+    if recipe.evaluation.speed is not None:
+        recipe.evaluation.speed.require_context(geometry.max_positions)
     size = DTYPE_BYTES[recipe.model.dtype]
     dense = geometry.decoder_parameters + geometry.other_parameters
     level_plans = []
@@ -176,7 +180,7 @@ def _scoring_bytes(recipe: Recipe, geometry: Geometry, size: int) -> int:
     tokens = max(MICRO_BATCH_TOKENS, recipe.calibration.sequence_length)
     weights = (geometry.decoder_parameters + geometry.other_parameters) * size
     gradients = geometry.decoder_parameters * 4 if recipe.importance.score == "taylor" else 0
-    logits = 3 * 4 * tokens * geometry.vocab_size
+    logits = min(LOGIT_BYTES, 4 * tokens * geometry.vocab_size)
     widths = 6 * geometry.hidden_size + 4 * geometry.intermediate_size
     activations = size * tokens * geometry.num_layers * widths
     return weights + gradients + logits + activations

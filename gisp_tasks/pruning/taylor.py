@@ -63,11 +63,8 @@ def accumulate(
     model: nn.Module, weights: ScoredWeights, calibration: CalibrationSet, max_tokens: int
 ) -> tuple[float, dict[tuple[int, str], torch.Tensor]]:
     """The objective and its gradient by scored weight, in float32 (float64 for a float64 model)."""
-    accumulators = {
-        key: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for key, weight in weights.items()
-    }
-    hooks = [weight.register_post_accumulate_grad_hook(_adder(accumulators[key])) for key, weight in weights.items()]  # type: ignore[no-untyped-call]
+    accumulators: dict[tuple[int, str], torch.Tensor] = {}
+    hooks = [weight.register_post_accumulate_grad_hook(_adder(accumulators, key)) for key, weight in weights.items()]  # type: ignore[no-untyped-call]
     try:
         objective, scale = backward_pass(model, calibration, max_tokens)
     finally:
@@ -80,19 +77,22 @@ def accumulate(
     return objective, accumulators
 
 
-def _adder(accumulator: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """A hook that moves a parameter's gradient into ``accumulator`` as soon as it is complete."""
+def _adder(accumulators: dict[tuple[int, str], torch.Tensor], key: tuple[int, str]) -> Callable[[torch.Tensor], None]:
+    """A hook that moves a parameter's gradient into its accumulator as soon as it is complete."""
 
     def add(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        accumulator.add_(parameter.grad)
-        parameter.grad = None
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if key in accumulators:
+            accumulators[key].add_(gradient)
+        else:
+            accumulators[key] = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
     return add
 
 
 def _sum_by_structure(weight: torch.Tensor, gradient: torch.Tensor, projection: Projection) -> NDArray[np.float64]:
-    """float64 [n]: |w * g| summed over everything but the sliced side of the weight [out, in]."""
-    products = (weight.detach() * gradient).abs()
+    """float64 [n]: |w * g| summed over everything but the sliced side of the weight [out, in]; uses the gradient up."""
+    products = gradient.mul_(weight.detach()).abs_()
     other_side = 1 if projection.axis == ROWS else 0
     return products.sum(dim=other_side, dtype=torch.float64).cpu().numpy()

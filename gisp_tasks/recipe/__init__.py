@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gisp_tasks.recipe.evaluation import ChoiceEvaluation, EvaluationSection, ProblemEvaluation, TextEvaluation
+from gisp_tasks.recipe.evaluation import (
+    ChoiceEvaluation,
+    EvaluationSection,
+    ProblemEvaluation,
+    SpeedEvaluation,
+    TextEvaluation,
+)
+from gisp_tasks.recipe.export import ExportSection
 from gisp_tasks.recipe.method import (
     REFERENCE_PROTECT,
     REFERENCE_STRUCTURE_RATIO,
@@ -19,9 +26,10 @@ from gisp_tasks.recipe.method import (
     PruningSection,
     level_name,
 )
-from gisp_tasks.recipe.publish import AirflowSection, GateSection, MlflowSection, PublishSection
+from gisp_tasks.recipe.publish import AirflowSection, EncryptionSection, GateSection, MlflowSection, PublishSection
 from gisp_tasks.recipe.reading import apply_settings, read_mapping, set_value
 from gisp_tasks.recipe.section import Section
+from gisp_tasks.recipe.signing import SigningSection
 from gisp_tasks.recipe.sources import (
     COMMONSENSE_TASKS,
     FILE_DATASETS,
@@ -41,7 +49,9 @@ __all__ = [
     "AirflowSection",
     "CalibrationSection",
     "ChoiceEvaluation",
+    "EncryptionSection",
     "EvaluationSection",
+    "ExportSection",
     "GateSection",
     "ImportanceSection",
     "MlflowSection",
@@ -51,6 +61,8 @@ __all__ = [
     "PruningSection",
     "PublishSection",
     "Recipe",
+    "SigningSection",
+    "SpeedEvaluation",
     "TextEvaluation",
     "level_name",
 ]
@@ -69,6 +81,7 @@ class Recipe(Section):
     importance: ImportanceSection = ImportanceSection()
     pruning: PruningSection = PruningSection()
     evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection = ExportSection()
     publish: PublishSection
     airflow: AirflowSection = AirflowSection()
 
@@ -78,6 +91,16 @@ class Recipe(Section):
             raise ValueError(
                 "publish.gate.max_perplexity_ratio is set, but the recipe has no text evaluation to measure it; "
                 "add evaluation.wikitext2 (or embedded_text), or set publish.gate.max_perplexity_ratio to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _accuracy_gate_has_its_measure(self) -> "Recipe":
+        if self.publish.gate.max_accuracy_drop is not None and not self.evaluation.accuracy_metrics:
+            raise ValueError(
+                "publish.gate.max_accuracy_drop is set, but the recipe measures no accuracy; add "
+                "evaluation.commonsense_qa, or evaluation.gsm8k (or embedded_arithmetic) with a limit other than 0, "
+                "or remove publish.gate.max_accuracy_drop"
             )
         return self
 
@@ -141,9 +164,9 @@ class Recipe(Section):
         return self.pruning.compensation_data or self.calibration
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of a run: all but the addresses it is published to and how it is scheduled."""
-        value = self.model_dump(mode="json", exclude={"airflow"})
-        del value["publish"]["store"]
+        """What decides the bytes of a run: all but where and how it is kept, the signing key, how it is scheduled."""
+        kept = {"store", "encryption", "signing"}
+        value = self.model_dump(mode="json", exclude={"airflow": True, "publish": kept})
         if value["publish"]["mlflow"]:
             del value["publish"]["mlflow"]["tracking_uri"]
         return value

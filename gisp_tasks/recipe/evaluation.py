@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from gisp_tasks.errors import InputError
 from gisp_tasks.recipe.section import Section
 
 
@@ -54,6 +55,34 @@ class ChoiceEvaluation(Section):
     (the other test splits have no labels)."""
 
 
+class SpeedEvaluation(Section):
+    """Prefill and decoding speed, interleaved with the dense model in one process; model and cache sizes.
+
+    Seconds differ from run to run: the figures of the first attempt stay in the record.
+    """
+
+    prompt_tokens: int = Field(default=512, ge=1, le=131_072)
+    """Tokens of a prompt."""
+    new_tokens: int = Field(default=32, ge=1, le=4096)
+    """Tokens decoded after it, one by one."""
+    batch_size: int = Field(default=1, ge=1, le=1024)
+    """Prompts at once."""
+    repetitions: int = Field(default=5, ge=1, le=100)
+    """Measurements of each model, in turn; the median is taken."""
+
+    def require_context(self, context: int) -> None:
+        """Refuse a model that cannot hold that many tokens.
+
+        Raises:
+            InputError: prompt and new tokens are more than its ``context``.
+        """
+        if self.prompt_tokens + self.new_tokens > context:
+            raise InputError(
+                f"evaluation.speed asks for {self.prompt_tokens} + {self.new_tokens} tokens, and the model's context "
+                f"is {context}; lower prompt_tokens or new_tokens"
+            )
+
+
 class EvaluationSection(Section):
     """What every level, and the dense model, is measured on. Leave a key out to skip its task."""
 
@@ -67,6 +96,8 @@ class EvaluationSection(Section):
     """Token perplexity of the held-back part of the reference text that CPython ships. Works offline."""
     embedded_arithmetic: ProblemEvaluation | None = None
     """Generated arithmetic word problems in GSM8K's schema. Works offline."""
+    speed: SpeedEvaluation | None = None
+    """Tokens a second against the dense model, bytes of the weights and of the cache. Both models are in memory."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -77,3 +108,14 @@ class EvaluationSection(Section):
     def perplexity_task(self) -> str | None:
         """The text evaluation whose first window the gate and the report's curve read."""
         return next((name for name in self.tasks if isinstance(getattr(self, name), TextEvaluation)), None)
+
+    @property
+    def accuracy_metrics(self) -> tuple[str, ...]:
+        """The accuracies that the gate reads, one of each task that measures any."""
+        sections = {name: getattr(self, name) for name in self.tasks}
+        found = [f"{n}_exact_match_flexible" for n, s in sections.items() if _solves_problems(s)]
+        return (*found, *(f"{n}_acc" for n, s in sections.items() if isinstance(s, ChoiceEvaluation)))
+
+
+def _solves_problems(section: Section) -> bool:
+    return isinstance(section, ProblemEvaluation) and section.limit != 0

@@ -1,10 +1,12 @@
-"""Where a run's artefacts go, and what runs it."""
+"""Where a run's artefacts go, what they must meet, and what runs it."""
 
 import re
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gisp_tasks.recipe.section import Section
+from gisp_tasks.recipe.signing import SigningSection
 
 
 class MlflowSection(Section):
@@ -28,10 +30,36 @@ class MlflowSection(Section):
 
 
 class GateSection(Section):
-    """What a level must meet to get its alias; one that does not is registered with the tag gate=failed."""
+    """What a level must meet to get its alias; one that does not is registered with the tag gate=failed.
+
+    That the reloaded checkpoint is the masked base model is always checked.
+    """
 
     max_perplexity_ratio: float | None = Field(default=4.0, gt=1.0)
     """Perplexity of the level over that of the dense model, on the first window of the text evaluation."""
+    max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Accuracy of the dense model minus that of the level, 0.05 for five points of a hundred; of every task whose
+    accuracy the recipe measures: exact match (flexible) of word problems, mean of the commonsense tasks."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of the level's checkpoint, all of its files."""
+
+
+class EncryptionSection(Section):
+    """Encryption of objects by the S3 server; one found there without it is refused."""
+
+    method: Literal["sse-s3", "sse-kms"] = "sse-s3"
+    """`sse-s3`: under a key of the server's own (AES256). `sse-kms`: under a key of its key management service."""
+    kms_key: str | None = Field(default=None, pattern=r"^[A-Za-z0-9:/_-]{1,256}$")
+    """Id, ARN or alias of the key for `sse-kms`; null: the account's default key."""
+
+    @model_validator(mode="after")
+    def _key_has_a_use(self) -> Self:
+        if self.kms_key is not None and self.method != "sse-kms":
+            raise ValueError(
+                f"kms_key was given, and method is {self.method}, which has no key to choose; set method: sse-kms, or "
+                f"remove kms_key"
+            )
+        return self
 
 
 class PublishSection(Section):
@@ -39,8 +67,13 @@ class PublishSection(Section):
 
     store: str = Field(min_length=1)
     """s3://bucket/prefix, or file:///directory."""
+    encryption: EncryptionSection | None = None
+    """Encryption at rest of an s3:// store; null: whatever the bucket's default is."""
     mlflow: MlflowSection | None = None
     gate: GateSection = GateSection()
+    signing: SigningSection | None = None
+    """Sign every level and the manifest; null: nothing is signed. May be set for a run that is finished: started again,
+    it gets its signatures."""
 
     @field_validator("store")
     @classmethod
@@ -54,6 +87,15 @@ class PublishSection(Section):
         if ".." in uri.split("/"):
             raise ValueError(f"{uri} contains '..'; write the address in full")
         return uri
+
+    @model_validator(mode="after")
+    def _encryption_has_a_server(self) -> Self:
+        if self.encryption is not None and not self.store.startswith("s3://"):
+            raise ValueError(
+                "encryption was given, and the store is a directory, which nobody encrypts; use an s3:// store, or "
+                "remove publish.encryption"
+            )
+        return self
 
 
 class AirflowSection(Section):

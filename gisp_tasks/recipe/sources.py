@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gisp_tasks.recipe.section import Section
 
@@ -11,6 +11,13 @@ FILE_DATASETS = ("tokens", "text", "items")
 ITEM_DATASETS = ("commonsense_qa", "items")
 # The tasks of `commonsense_qa`, in the order of the published calibration set.
 COMMONSENSE_TASKS = ("boolq", "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "winogrande", "piqa")
+
+
+def _within(path: str | None) -> str | None:
+    """The path itself, which does not climb: what a recipe reads is seen at a glance."""
+    if path is not None and (".." in path.replace("\\", "/").split("/") or not path.isprintable()):
+        raise ValueError("it contains '..' or a control character; write the path in full")
+    return path
 
 
 class ModelSection(Section):
@@ -25,6 +32,8 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Allow Python code that the model repository ships. Off by default; recorded in the manifest when on."""
 
+    _source_within = field_validator("source")(_within)
+
 
 class CalibrationSection(Section):
     """The text whose loss decides what is removed."""
@@ -37,7 +46,7 @@ class CalibrationSection(Section):
     split: str = "train"
     """Split of a named data set. For `commonsense_qa`, `train_surrogate` takes a mirror's rows of that name where a
     task has them, and `train` elsewhere; the record names each."""
-    path: str | None = None
+    path: str | None = Field(default=None, max_length=4096)
     """The file, for `tokens`, `text` and `items`."""
     sequences: int = Field(default=2000, ge=1, le=1_000_000)
     """How many sequences are drawn. For `commonsense_qa` and `items`, sequences x sequence_length is a budget of
@@ -50,6 +59,8 @@ class CalibrationSection(Section):
     overlap: Literal["refuse", "accept"] = "refuse"
     """What is done when the sequences overlap what the recipe's evaluations measure: the run is refused, or goes on
     and its record says so."""
+
+    _path_within = field_validator("path")(_within)
 
     @model_validator(mode="after")
     def _path_belongs_to_files(self) -> Self:

@@ -13,10 +13,12 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 from gisp_tasks.errors import InputError, IntegrityError, StoreUnavailableError
+from gisp_tasks.recipe import EncryptionSection
 from gisp_tasks.refs import ArtifactRef, DirectoryListing, sha256_bytes, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -25,8 +27,12 @@ UPLOADING = ".uploading"
 """First part of no key: where a local store keeps what is not complete yet."""
 
 
-def open_store(uri: str) -> "Store":
+def open_store(uri: str, *, encryption: EncryptionSection | None = None) -> "Store":
     """The store at an address; nothing is contacted yet (see `Store.check`).
+
+    Args:
+        uri: address of the store.
+        encryption: what the server must encrypt objects with; S3 only.
 
     Raises:
         InputError: neither ``s3://bucket/prefix`` nor ``file:///directory``.
@@ -38,13 +44,28 @@ def open_store(uri: str) -> "Store":
     uri = uri.rstrip("/")
     if ".." not in uri.split("/"):
         if re.match(r"s3://[^/]+", uri):
-            return S3Store(uri)
+            return S3Store(uri, encryption=encryption)
         if uri.startswith("file:///"):
             return LocalStore(uri)
     raise InputError(
         f"the store {uri!r} was asked for, which is no address of a store. Allowed are s3://bucket/prefix and "
         f"file:///absolute/directory, without '..'. Correct publish.store"
     )
+
+
+@dataclass(frozen=True, order=True)
+class StoredObject:
+    """One object of a listing.
+
+    Args:
+        key: below the store's address.
+        size: bytes.
+        modified_s: when it was written, in seconds since 1970, by the server's clock.
+    """
+
+    key: str
+    size: int
+    modified_s: float
 
 
 class Store(ABC):
@@ -114,11 +135,16 @@ class Store(ABC):
         return path
 
     def copy_out(self, key: str, path: Path) -> Path:
-        """Write an object that others put there, of which no digest is known, to a file; whole or not at all."""
+        """Write an object that others put there, of which no digest is known, to a file; whole or not at all.
+
+        Raises:
+            IntegrityError: there is none.
+        """
+        checked = _checked(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid4().hex}")
         try:
-            self._download(_checked(key), temporary)
+            self._download(checked, temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -188,8 +214,16 @@ class Store(ABC):
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         """The keys below ``prefix`` (whole parts: ``a`` has ``a/b``, not ``ab``), in order; by default all."""
+        return (item.key for item in self.objects(prefix))
+
+    def objects(self, prefix: str = "") -> Iterator[StoredObject]:
+        """As `keys`, with what a listing tells of each."""
         prefix = prefix.rstrip("/")
-        return self._list(f"{_checked(prefix)}/" if prefix else "")
+        return self._objects(f"{_checked(prefix)}/" if prefix else "")
+
+    def delete(self, key: str) -> None:
+        """Remove an artefact for good; one that is gone already is no error. For retention only: no task does this."""
+        self._delete(_checked(key))
 
     def key_of(self, uri: str) -> str:
         """The key of an artefact's address.
@@ -289,8 +323,8 @@ class Store(ABC):
         """Remove an object."""
 
     @abstractmethod
-    def _list(self, prefix: str) -> Iterator[str]:
-        """All keys that begin with ``prefix``, which is empty or ends in a slash; in order."""
+    def _objects(self, prefix: str) -> Iterator[StoredObject]:
+        """All objects whose keys begin with ``prefix``, which is empty or ends in a slash; in order."""
 
 
 def gone(uri: str) -> IntegrityError:

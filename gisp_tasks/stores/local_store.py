@@ -4,14 +4,14 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote
 from uuid import uuid4
 
 from gisp_tasks.errors import InputError, IntegrityError, StoreUnavailableError
 from gisp_tasks.refs import sha256_file
-from gisp_tasks.stores.artifacts import UPLOADING, Store, gone
+from gisp_tasks.stores.artifacts import UPLOADING, Store, StoredObject, gone
 
 _PASSING = frozenset(
     {errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
@@ -75,13 +75,18 @@ class LocalStore(Store):
         path = self._root / key
         with self._errors():
             path.unlink(missing_ok=True)
-            path.parent.rmdir()
+        with suppress(OSError):  # the first directory that holds something else, or is gone, ends this
+            for parent in path.relative_to(self._root).parents[:-1]:
+                (self._root / parent).rmdir()
 
-    def _list(self, prefix: str) -> Iterator[str]:
+    def _objects(self, prefix: str) -> Iterator[StoredObject]:
         with self._errors():
-            paths = [path for path in (self._root / prefix).rglob("*") if path.is_file()]
-        keys = sorted(path.relative_to(self._root).as_posix() for path in paths)
-        return (key for key in keys if not key.startswith(f"{UPLOADING}/"))
+            found = [
+                StoredObject(path.relative_to(self._root).as_posix(), path.stat().st_size, path.stat().st_mtime)
+                for path in (self._root / prefix).rglob("*")
+                if path.is_file()
+            ]
+        return (item for item in sorted(found) if not item.key.startswith(f"{UPLOADING}/"))
 
     def _existing(self, key: str) -> Path:
         path = self._root / key

@@ -1,25 +1,20 @@
-"""The audit record of a run: every input, version, digest and metric, in one document with a digest of its own.
+"""The audit record of a run: every input, version, digest and metric, in one document with digests of its own.
 
-It holds nothing that differs between two runs of the same bytes on the same kind of machine: no time, no host
-name, no address. Timings lie beside the steps, addresses and registry versions in `summary.json`.
+Its form is `stores.manifest_schema`. Up to ``sha256`` it holds nothing that differs between two runs of the same bytes
+on the same kind of machine: no time, no host name, no address. Who triggered the run follows, under a second digest of
+the whole. Timings lie beside the steps, addresses and registry versions in `summary.json`.
 """
 
-import platform
-import sys
+import re
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
-from gisp_tasks import __version__
 from gisp_tasks.errors import IntegrityError
 from gisp_tasks.recipe import Recipe
 from gisp_tasks.refs import canonical_json, sha256_bytes
+from gisp_tasks.stores.manifest_schema import FORMAT_VERSION, Manifest
 
-FORMAT_VERSION = 1
-_PACKAGES = (
-    *("apache-airflow", "torch", "transformers", "tokenizers", "datasets", "lm-eval", "safetensors"),
-    *("numpy", "boto3", "mlflow", "pydantic", "huggingface-hub"),
-)
+_NOT_NAMED = re.compile(r"manifest\.(json|sig)|report\.html|steps/\d+/timing\.json|levels/[^/]+/model\.sig")
 
 
 def deviations(recipe: Recipe) -> list[str]:
@@ -67,42 +62,39 @@ def deviations(recipe: Recipe) -> list[str]:
     return found
 
 
-def environment() -> dict[str, Any]:
-    """Versions, hardware and the settings of torch that numbers depend on."""
-    import torch
+def is_named(key: str) -> bool:
+    """Whether a manifest names an object of its run by digest under ``artifacts``.
 
-    return {
-        "package": __version__,
-        "python": sys.version.split()[0],
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cuda": torch.version.cuda,
-        "torch": {
-            "threads": torch.get_num_threads(),
-            "deterministic_algorithms": True,
-            "tf32": False,
-            "seed": 0,
-        },
-    }
+    Not itself, the page that shows it, timings and signatures, which differ between equal runs. The files of a
+    checkpoint are named by its listing instead.
+    """
+    return _NOT_NAMED.fullmatch(key) is None
 
 
-def seal(content: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes: ``content`` with the format's version and the sha256 of everything else."""
-    body = {"format_version": FORMAT_VERSION, **content}
-    return canonical_json({**body, "sha256": sha256_bytes(canonical_json(body))})
+def seal(content: Mapping[str, Any], trigger: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes: ``content`` with its digest, ``trigger``, and the digest of both.
+
+    Raises:
+        pydantic.ValidationError: it is not of the form that `manifest_schema` says.
+    """
+    document: dict[str, Any] = {"format_version": FORMAT_VERSION, **content}
+    document["sha256"] = sha256_bytes(canonical_json(document))
+    document["trigger"] = dict(trigger)
+    document["document_sha256"] = sha256_bytes(canonical_json(document))
+    Manifest.model_validate(document)
+    return canonical_json(document)
 
 
 def check_seal(manifest: Mapping[str, Any]) -> None:
-    """Check a manifest's digest of itself.
+    """Check a manifest's two digests of itself.
 
     Raises:
         IntegrityError: it was changed.
     """
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    found = sha256_bytes(canonical_json(body))
-    if found != manifest.get("sha256"):
-        raise IntegrityError(
-            f"the manifest says sha256 {manifest.get('sha256')}, its content has {found}: it was changed"
-        )
+    for name, left_out in (("document_sha256", set()), ("sha256", {"sha256", "trigger"})):
+        body = {key: value for key, value in manifest.items() if key not in {"document_sha256", *left_out}}
+        found = sha256_bytes(canonical_json(body))
+        if found != manifest.get(name):
+            raise IntegrityError(
+                f"the manifest says {name} {manifest.get(name)}, its content has {found}: it was changed"
+            )

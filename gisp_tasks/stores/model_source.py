@@ -17,10 +17,11 @@ from gisp_tasks.errors import InputError, IntegrityError, RetryableError
 from gisp_tasks.recipe import ModelSection
 from gisp_tasks.refs import DirectoryListing, sha256_bytes, sha256_file
 from gisp_tasks.stores.artifacts import open_store
+from gisp_tasks.stores.model_files import check_model_files
 
 logger = logging.getLogger(__name__)
 
-_NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "LICENSE*")
+_NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "LICENSE*", "README.md")
 _CODE = ("*.py",)
 HUB_COMMIT = "hub commit"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -30,7 +31,7 @@ def resolve(section: ModelSection) -> dict[str, Any]:
     """The record of the model that a recipe names.
 
     Raises:
-        InputError: no such model, no safetensors, or code of its own that the recipe does not allow.
+        InputError: no such model, or as in `check_model_files`.
         RetryableError: the hub or the store did not answer.
     """
     revision = ""
@@ -42,7 +43,7 @@ def resolve(section: ModelSection) -> dict[str, Any]:
     else:
         directory = _local_directory(section)
     config = _parse_config(directory / "config.json", section)
-    _check_files(directory, config, section)
+    check_model_files(directory, config, source=section.source, trust_remote_code=section.trust_remote_code)
     files = {
         name: {"sha256": sha, "size": size}
         for name, (sha, size) in DirectoryListing.of(directory).files.items()
@@ -53,6 +54,7 @@ def resolve(section: ModelSection) -> dict[str, Any]:
         "revision": revision or sha256_bytes(json.dumps(files, sort_keys=True).encode())[:40],
         "revision_kind": HUB_COMMIT if revision else "digest of the files",
         "trust_remote_code": section.trust_remote_code,
+        "licence": _licence_of(directory),
         "config": config,
         "files": files,
     }
@@ -109,6 +111,22 @@ def _first_difference(directory: Path, files: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _licence_of(directory: Path) -> str | None:
+    """The licence that the front matter of a model's README.md states, None if it states none."""
+    path = directory / "README.md"
+    if not path.is_file():
+        return None
+    import yaml
+
+    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    try:
+        facts = yaml.safe_load(parts[1]) if len(parts) > 1 and not parts[0].strip() else {}
+    except yaml.YAMLError:
+        return None
+    found = facts.get("license") if isinstance(facts, dict) else None
+    return str(found) if found else None
+
+
 def _is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.match(source)) and not Path(source).exists()
 
@@ -131,25 +149,16 @@ def _local_directory(section: ModelSection) -> Path:
 def _parse_config(path: Path, section: ModelSection) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"model {section.source}: config.json cannot be read ({error}); give a complete model"
         ) from None
+    if not isinstance(config, dict):
+        raise InputError(
+            f"model {section.source}: config.json holds a {type(config).__name__}, and a mapping was expected; give a "
+            f"complete model"
+        )
     return config
-
-
-def _check_files(directory: Path, config: Mapping[str, Any], section: ModelSection) -> None:
-    if not any(directory.glob("*.safetensors")):
-        others = sorted(path.name for path in directory.glob("*.bin"))
-        raise InputError(
-            f"model {section.source}: no .safetensors file was found ({', '.join(others) or 'no weights at all'}); "
-            f"only safetensors are read, because other formats can run code; convert the weights"
-        )
-    if "auto_map" in config and not section.trust_remote_code:
-        raise InputError(
-            f"model {section.source}: it ships Python code of its own (auto_map in config.json), which is not run "
-            f"unless the recipe allows it; read that code, then set model.trust_remote_code: true"
-        )
 
 
 def _is_wanted(name: str, with_code: bool) -> bool:

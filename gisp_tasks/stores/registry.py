@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, Run
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.store.entities import PagedList
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,14 @@ RUN_TAG = "gisp.run_id"
 LEVEL_TAG = "gisp.level"
 DIGEST_TAG = "gisp.digest"
 GATE_TAG = "gate"
+MANIFEST_TAG = "gisp.manifest.sha256"
+"""Of the MLflow run: the digest of its ``manifest.json``."""
 
 _SQLITE = "sqlite:///"
 _SET_LOGIN = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 _PROBE_TIMEOUT_S = 4  # to connect, and again to answer
 _PARAMS_PER_BATCH = 100
+_ENTRIES_PER_PAGE = 500
 _MAX_PARAM_CHARACTERS = 6000
 _MAX_DIGEST_CHARACTERS = 36
 _MAX_REASON_CHARACTERS = 500
@@ -79,8 +83,23 @@ class RegisteredVersion:
 
     name: str
     version: int
+    source: str
     alias: str | None
     tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """What a registry holds.
+
+    Args:
+        models: names of the registered models, those without a version too.
+        places: ``model/version`` -> its source, and ``/runs/<run_id>`` of its tag: a copy keeps the tag, with another
+            source.
+    """
+
+    models: frozenset[str]
+    places: Mapping[str, str]
 
 
 def alias_name(level: str) -> str:
@@ -113,8 +132,11 @@ class MlflowRegistry:
         self._remote = not tracking_uri.startswith(_SQLITE)
         self._database = Path(tracking_uri.removeprefix(_SQLITE))  # read only where there is no server
 
-    def check(self) -> None:
+    def check(self, *, create: bool = True) -> None:
         """Ask the tracking server one question, without MLflow's minutes of retries.
+
+        Args:
+            create: make a database file that does not exist yet, where there is no server.
 
         Raises:
             InputError: what answers at the address is no tracking server, or refuses these credentials; or the
@@ -123,7 +145,10 @@ class MlflowRegistry:
         """
         if self._remote:
             self._probe_server()
-        elif found := self._probe_database():
+            return
+        missing = not create and not self._database.is_file()
+        found = "there is no such file" if missing else self._probe_database()
+        if found is not None:
             raise InputError(
                 f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; a database file that MLflow can write is "
                 f"needed. Correct the path or its permissions, or name one that does not exist yet"
@@ -182,6 +207,12 @@ class MlflowRegistry:
         with self._mapped(f"write {artifact_file} to MLflow run {mlflow_run}"):
             self._client.log_text(mlflow_run, text, artifact_file)
 
+    def tag_run(self, mlflow_run: str, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        with self._mapped(f"tag MLflow run {mlflow_run}"):
+            for key, value in tags.items():
+                self._client.set_tag(mlflow_run, key, value)
+
     def log_artifact(self, mlflow_run: str, path: Path, *, artifact_path: str | None = None) -> None:
         """Copy a small file to the run, into its directory ``artifact_path``."""
         with self._mapped(f"write {path.name} to MLflow run {mlflow_run}"):
@@ -212,7 +243,9 @@ class MlflowRegistry:
             if alias is not None:
                 self._client.set_registered_model_alias(level.model_name, alias, number)
         logger.info("%s is version %s of %s, gate %s", level.level, number, level.model_name, level.all_tags[GATE_TAG])
-        return RegisteredVersion(name=level.model_name, version=int(number), alias=alias, tags=level.all_tags)
+        return RegisteredVersion(
+            name=level.model_name, version=int(number), source=level.source, alias=alias, tags=level.all_tags
+        )
 
     def versions(self, model_name: str) -> list[RegisteredVersion]:
         """All versions of a registered model by rising number; none if there is no such model."""
@@ -224,8 +257,39 @@ class MlflowRegistry:
         for version in sorted(found, key=_number):
             number, alias = _number(version), alias_name(version.tags.get(LEVEL_TAG, ""))
             held = alias if numbers.get(alias) == number else None
-            registered.append(RegisteredVersion(name=model_name, version=number, alias=held, tags=dict(version.tags)))
+            registered.append(
+                RegisteredVersion(
+                    name=model_name, version=number, source=version.source or "", alias=held, tags=dict(version.tags)
+                )
+            )
         return registered
+
+    def aliases(self, model_name: str) -> dict[str, int]:
+        """Version number by alias of a registered model; none if there is no such model."""
+        with self._mapped(f"list the aliases of {model_name}"):
+            if not self._client.search_registered_models(f"name = '{model_name}'"):
+                return {}
+            aliases = self._client.get_registered_model(model_name).aliases
+        return {alias: int(number) for alias, number in aliases.items()}
+
+    def run_tags(self, *, experiment: str, run_id: str) -> dict[str, str] | None:
+        """The tags of the MLflow run of a pipeline run; None if there is none."""
+        with self._mapped(f"find the MLflow run of {run_id}"):
+            found = self._client.get_experiment_by_name(experiment)
+            if found is None:
+                return None
+            runs = self._client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
+        return dict(runs[0].data.tags) if runs else None
+
+    def inventory(self) -> "Inventory":
+        """Everything that is registered, by this package or by others."""
+        with self._mapped("list what is registered"):
+            models = list(_pages(self._client.search_registered_models))
+            versions = list(_pages(self._client.search_model_versions))
+        return Inventory(
+            models=frozenset(model.name for model in models),
+            places={f"{v.name}/{v.version}": f"{v.source} /runs/{v.tags.get(RUN_TAG, '')}" for v in versions},
+        )
 
     @cached_property
     def _client(self) -> "MlflowClient":
@@ -399,6 +463,16 @@ def _create_unless_there(create: Callable[[], object]) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _pages(search: "Callable[..., PagedList[Any]]") -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(max_results=_ENTRIES_PER_PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _may_pass(status: int) -> bool:

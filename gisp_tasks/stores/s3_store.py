@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from gisp_tasks.errors import GispError, InputError, IntegrityError, StoreUnavailableError
-from gisp_tasks.stores.artifacts import Store, gone
+from gisp_tasks.recipe import EncryptionSection
+from gisp_tasks.stores.artifacts import Store, StoredObject, gone
 
 if TYPE_CHECKING:
     from boto3.s3.transfer import TransferConfig
@@ -28,6 +29,7 @@ _IMPATIENT: Mapping[str, Any] = {
     "retries": {"mode": "standard", "total_max_attempts": 2},
 }
 
+_ALGORITHMS: Mapping[str, str] = {"sse-s3": "AES256", "sse-kms": "aws:kms"}
 _NOT_FOUND = frozenset({"404", "NoSuchKey"})
 _PASSING = frozenset(
     {
@@ -67,14 +69,17 @@ class S3Store(Store):
     the bucket's rule for incomplete uploads).
     """
 
-    def __init__(self, uri: str, settings: Mapping[str, Any] = _PATIENT) -> None:
+    def __init__(
+        self, uri: str, *, encryption: EncryptionSection | None = None, settings: Mapping[str, Any] = _PATIENT
+    ) -> None:
         super().__init__(uri)
+        self._encryption = encryption
         self._bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
         self._settings = settings
 
     def _impatient(self) -> "S3Store":
-        return S3Store(self.uri, _IMPATIENT)
+        return S3Store(self.uri, encryption=self._encryption, settings=_IMPATIENT)
 
     def _stat(self, key: str) -> tuple[str, int] | None:
         from botocore.exceptions import ClientError
@@ -91,14 +96,28 @@ class S3Store(Store):
                 f"{self.uri}/{key} carries no digest: it was not published by this package. Remove it, or use another "
                 f"prefix"
             )
+        self._check_encrypted(key, head.get("ServerSideEncryption"))
         return head["Metadata"]["sha256"], head["ContentLength"]
+
+    def _check_encrypted(self, key: str, found: str | None) -> None:
+        """A server that knows no encryption ignores the request for it, and older objects may lie there in the clear.
+
+        Raises:
+            InputError: the object is not encrypted as asked.
+        """
+        if self._encryption is not None and found != _ALGORITHMS[self._encryption.method]:
+            raise InputError(
+                f"{self.uri}/{key} was asked to be encrypted ({self._encryption.method}), and was found with "
+                f"{found or 'no encryption'}. Allowed are servers that encrypt, and objects written so. Give "
+                f"the server its key, use another prefix, or correct publish.encryption"
+            )
 
     def _create(self, key: str, source: Path | bytes, sha256: str) -> bool:
         from boto3.s3.transfer import create_transfer_manager
         from botocore.exceptions import ClientError
 
         body = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": sha256}}
+        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": sha256}, **_encryption(self._encryption)}
         with self._errors(key):
             try:
                 with create_transfer_manager(self._client, _transfers()) as manager:
@@ -123,7 +142,7 @@ class S3Store(Store):
         with self._errors(key):
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
 
-    def _list(self, prefix: str) -> Iterator[str]:
+    def _objects(self, prefix: str) -> Iterator[StoredObject]:
         with self._errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
@@ -131,7 +150,8 @@ class S3Store(Store):
             for page in pages:
                 for item in page.get("Contents", []):
                     if not item["Key"].endswith("/"):  # a console's marker of an empty folder
-                        yield item["Key"].removeprefix(self._prefix)
+                        key = item["Key"].removeprefix(self._prefix)
+                        yield StoredObject(key, item["Size"], item["LastModified"].timestamp())
 
     @cached_property
     def _client(self) -> "S3Client":
@@ -179,6 +199,14 @@ class S3Store(Store):
             return "S3"
         url = urlsplit(client.meta.endpoint_url)
         return f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
+
+
+def _encryption(asked: EncryptionSection | None) -> dict[str, str]:
+    """What a write says about encryption."""
+    if asked is None:
+        return {}
+    key = {"SSEKMSKeyId": asked.kms_key} if asked.kms_key else {}
+    return {"ServerSideEncryption": _ALGORITHMS[asked.method], **key}
 
 
 def _create_only(params: dict[str, Any], **_: Any) -> None:

@@ -3,9 +3,10 @@
 import logging
 
 from gisp_tasks.pruning.plan import DENSE, Keys
+from gisp_tasks.recipe import SpeedEvaluation
 from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.stores import model_source
-from gisp_tasks.tasks.measure import measure
+from gisp_tasks.tasks.measure import measure, measure_speed
 from gisp_tasks.tasks.runtime import Json, Run, make_torch_deterministic, scratch
 
 logger = logging.getLogger(__name__)
@@ -32,10 +33,16 @@ def evaluate(recipe: Json, run: Json, level: str, evaluation: str, model: Json |
             checkpoint = model_source.locate(this.model)
         else:
             checkpoint = this.store.fetch_directory(ArtifactRef.from_dict(model), directory / "model")
-        # A level's modelling file is this package's own; base models are loaded as the recipe says.
-        remote_code = model is not None or this.recipe.model.trust_remote_code
+        remote_code = this.recipe.model.trust_remote_code
         section = getattr(this.recipe.evaluation, evaluation)
-        result = measure(checkpoint, evaluation, section, dtype=this.recipe.model.dtype, trust_remote_code=remote_code)
+        dtype = this.recipe.model.dtype
+        if isinstance(section, SpeedEvaluation):
+            dense = None if model is None else model_source.locate(this.model)
+            result = measure_speed(checkpoint, section, dense=dense, dtype=dtype, trust_remote_code=remote_code)
+        else:
+            result = measure(checkpoint, evaluation, section, dtype=dtype, trust_remote_code=remote_code)
     for name, value in result["metrics"].items():
         logger.info("%s %s: %.6g", level, name, value)
-    return this.publish_json(key, result).to_dict()
+    # Seconds differ between attempts; everything else must not.
+    publish = this.publish_observation if isinstance(section, SpeedEvaluation) else this.publish_json
+    return publish(key, result).to_dict()

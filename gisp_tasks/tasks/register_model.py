@@ -39,14 +39,19 @@ def register_model(recipe: Json, run: Json, level: Json) -> Json:
             run_id=this.run_id,
             mlflow_run=mlflow_run,
             gate_passed=record["gate"]["passed"],
-            tags=_tags(this, record),
+            tags=version_tags(this, record),
         )
     )
     return level
 
 
-def _tags(run: Run, record: Json) -> dict[str, str]:
-    """What a reader of the registry sees without opening anything."""
+def version_tags(run: Run, record: Json) -> dict[str, str]:
+    """What a reader of the registry sees without opening anything.
+
+    Args:
+        run: that made the level.
+        record: its ``level.json``.
+    """
     facts = {
         "recipe": run.recipe.name,
         "base_source": run.model["source"],

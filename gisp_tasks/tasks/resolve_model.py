@@ -16,7 +16,7 @@ from gisp_tasks.pruning.ranking import limits_of
 from gisp_tasks.pruning.structures import KeepSets
 from gisp_tasks.recipe import CalibrationSection, Recipe
 from gisp_tasks.refs import canonical_json, sha256_bytes
-from gisp_tasks.stores import model_source
+from gisp_tasks.stores import model_source, signatures
 from gisp_tasks.stores.artifacts import open_store
 from gisp_tasks.stores.registry import MlflowRegistry
 from gisp_tasks.tasks.measure import evaluation_sources
@@ -45,6 +45,8 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
     if revision is not None:
         parsed = parsed.model_copy(update={"model": parsed.model.model_copy(update={"revision": revision})})
     check_services(parsed)
+    if parsed.publish.signing is not None:
+        signatures.check_key(parsed.publish.signing)
     model = model_source.resolve(parsed.model)
     plan = make_plan(parsed, geometry_of(model["config"], granularity=parsed.importance.granularity))
     directory = model_source.locate(model)
@@ -52,6 +54,10 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
     compensation = _compensation_data(parsed, directory, model, calibration)
     datasets = {name: source.describe() for name, source in evaluation_sources(parsed).items()}
     _check_loss(parsed, plan, directory, calibration.set)
+    if parsed.export.gguf != "none":
+        from gisp_tasks.export.gguf import require_supported
+
+        require_supported(model["config"], directory)
 
     identity: Json = {
         "recipe": parsed.identity(),
@@ -64,7 +70,7 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
         "package_version": __version__,
     }
     run_id = sha256_bytes(canonical_json(identity))[:12]
-    store = open_store(f"{parsed.publish.store}/runs/{run_id}")
+    store = open_store(f"{parsed.publish.store}/runs/{run_id}", encryption=parsed.publish.encryption)
     if resume and store.stat(Keys.PLAN) is None:
         raise InputError(
             f"--resume was given, but {parsed.publish.store} holds no run {run_id}, which is what this recipe, model "

@@ -51,7 +51,7 @@ class Run:
         """
         parsed = Recipe.parse(recipe)
         ref = ArtifactRef.from_dict(run)
-        store = open_store(ref.uri.removesuffix("/" + Keys.PLAN))
+        store = open_store(ref.uri.removesuffix("/" + Keys.PLAN), encryption=parsed.publish.encryption)
         document = json.loads(store.read(ref))
         return cls(parsed, document["run_id"], document["model"], store)
 
@@ -134,13 +134,16 @@ class Run:
         """Publish a JSON document in canonical form."""
         return self.store.put_bytes(key, canonical_json(value))
 
-    def publish_observation(self, key: str, value: Mapping[str, Any]) -> None:
+    def publish_observation(self, key: str, value: Mapping[str, Any]) -> ArtifactRef:
         """Publish what differs between two runs of the same bytes, such as timings: the first one stays."""
-        if self.store.stat(key) is None:
-            try:
-                self.publish_json(key, value)
-            except IntegrityError:
-                logger.info("%s was published by another attempt meanwhile", key)
+        try:
+            return self.store.stat(key) or self.publish_json(key, value)
+        except IntegrityError:
+            logger.info("%s was published by another attempt meanwhile", key)
+            found = self.store.stat(key)
+            if found is None:
+                raise
+            return found
 
 
 @contextmanager

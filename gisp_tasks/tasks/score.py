@@ -2,13 +2,16 @@
 
 import logging
 import resource
+import sys
 import time
+from pathlib import Path
 
 from gisp_tasks.pruning.plan import Keys
 from gisp_tasks.pruning.removal_order import RemovalOrder
 from gisp_tasks.pruning.structures import KeepSets
 from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.stores import model_source
+from gisp_tasks.stores.environment import computed_on
 from gisp_tasks.tasks.runtime import Json, Run, make_torch_deterministic, scratch
 
 logger = logging.getLogger(__name__)
@@ -81,17 +84,9 @@ class Scorer:
         with scratch() as directory:
             path = directory / "scores.safetensors"
             result.scores.save(path, metadata)
-            run.publish_observation(
-                Keys.step(step, "timing.json"), {"seconds": took, "device": device_name(), "peak_bytes": peak_bytes()}
-            )
+            observed = {"seconds": took, "peak_bytes": peak_bytes(), "computed_on": computed_on()}
+            run.publish_observation(Keys.step(step, "timing.json"), observed)
             return run.store.put(Keys.step(step, "scores.safetensors"), path)
-
-
-def device_name() -> str:
-    """The accelerator's name, or ``cpu``."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def peak_bytes() -> int:
@@ -100,4 +95,10 @@ def peak_bytes() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        # Not ru_maxrss, which a process on Linux begins with at what its parent held.
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    (line,) = [line for line in lines if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024

@@ -12,7 +12,7 @@ def check_services(recipe: Recipe) -> None:
         InputError: one refuses, or is none.
         RetryableError: one does not answer: a scheduler tries again, a person should be told at once.
     """
-    open_store(recipe.publish.store).check()
+    open_store(recipe.publish.store, encryption=recipe.publish.encryption).check()
     if recipe.publish.mlflow is not None:
         registry = MlflowRegistry(recipe.publish.mlflow.tracking_uri)
         registry.check_source(recipe.publish.store)

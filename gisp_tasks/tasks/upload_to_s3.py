@@ -11,6 +11,7 @@ from gisp_tasks.refs import ArtifactRef, canonical_json, sha256_bytes
 from gisp_tasks.tasks.gate import judge
 from gisp_tasks.tasks.runtime import Json, Run, scratch
 from gisp_tasks.tasks.score import load_order
+from gisp_tasks.tasks.sign import sign_level
 from gisp_tasks.tasks.tracking import log_metrics
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,12 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
         order: reference of the removal order that completes the level.
     """
     from gisp_tasks.export.mlmodel import write_mlmodel
+    from gisp_tasks.export.model_card import model_card
 
-    this = Run.open(recipe, run)
+    this, model_ref = Run.open(recipe, run), ArtifactRef.from_dict(model)
     if done := this.store.stat(Keys.level(level, "level.json")):
+        sign_level(this, this.read_json(Keys.level(level, "level.json")))  # the recipe may ask for it since
         return done.to_dict()
-    model_ref = ArtifactRef.from_dict(model)
     evaluation, dense = merged_evaluation(this, level), merged_evaluation(this, DENSE)
     plan = this.plan.level(level)
     with scratch() as directory:
@@ -53,7 +55,7 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
     evaluation_ref = this.publish_json(Keys.level(level, "evaluation.json"), evaluation)
     this.store.verify_directory(Keys.level(level, "model"))
     parameters = geometry.parameters_of(keep) + geometry.other_parameters
-    record = {
+    record: Json = {
         "name": level,
         "target_sparsity": plan.sparsity,
         "param_sparsity": geometry.sparsity_of(keep),
@@ -66,11 +68,25 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
         "keep_set_sha256": keep_set_digest(keep),
         "compensation": _compensation(this, level),
         "model": {"key": Keys.level(level, "model"), "sha256": model_ref.sha256, "size": model_ref.size},
+        "gguf": this.read_json(Keys.level(level, "gguf.json")) if this.recipe.export.gguf != "none" else None,
         "package": package,
         "evaluation": {"sha256": evaluation_ref.sha256, "metrics": evaluation["metrics"]},
         "reload": this.read_json(Keys.level(level, "reload.json")),
-        "gate": judge(this.recipe, geometry, evaluation["metrics"], dense["metrics"]),
     }
+    record["gate"] = judge(this.recipe, geometry, record=record, dense=dense["metrics"])
+    card = model_card(
+        this.recipe,
+        {**record, "protocol": evaluation["protocol"]},
+        model=this.model,
+        calibration=this.read_json(Keys.CALIBRATION),
+        dense=dense["metrics"],
+        run={"run_id": this.run_id, "dense_parameters": this.plan.dense_parameters},
+    )
+    # In the directory that users download, beside what its listing names: the checkpoint was complete before it was
+    # measured.
+    card_ref = this.store.put_bytes(Keys.level(level, "model/README.md"), card.encode())
+    package["model/README.md"] = {"sha256": card_ref.sha256, "size": card_ref.size}
+    sign_level(this, record)
     metrics = {f"level.{name}": value for name, value in evaluation["metrics"].items()}
     # Before the record is published: a task that finds it there does nothing more.
     log_metrics(this, metrics, step=round(plan.sparsity * 100))

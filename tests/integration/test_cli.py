@@ -11,15 +11,21 @@ import typer
 import yaml
 
 from gisp_tasks.cli import app
-from gisp_tasks.refs import DirectoryListing
+from gisp_tasks.refs import DirectoryListing, sha256_file
+from gisp_tasks.stores.artifacts import open_store
 
 SURFACE = {
     "run": ["--json", "--resume", "--set", "--store", "recipe"],
     "plan": ["--json", "--set", "recipe"],
     "prune": ["--json", "--out", "--set", "recipe"],
-    "materialize": ["--compensate", "--dtype", "--model", "--order", "--out", "--sparsity", "--width-multiple"],
-    "evaluate": ["--dtype", "--json", "--set", "--task", "checkpoint"],
+    "materialize": [
+        *("--compensate", "--dtype", "--format", "--gguf-type", "--model", "--order", "--out", "--sparsity"),
+        "--width-multiple",
+    ],
+    "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "--trust-remote-code", "checkpoint"],
+    "verify": ["--json", "--public-key", "--registry", "--replay", "--tracking-uri", "run"],
     "compare": ["--compensation", "--json", "--methods", "--out", "--seeds", "--set", "recipe"],
+    "prune-store": ["--json", "--keep-days", "--tracking-uri", "--yes", "store"],
 }
 SUMMARY_KEYS = ["run_id", "store", "manifest_sha256", "levels"]
 LEVEL_KEYS = [
@@ -67,6 +73,7 @@ def finished(gisp: Any, tmp_path_factory: pytest.TempPathFactory, testdata: Path
         "calibration": {"dataset": "embedded", "sequences": 16, "sequence_length": 64},
         "pruning": {"levels": [0.2, 0.4], "steps": 4},
         "evaluation": {"embedded_text": {"windows": [128], "limit_tokens": 2049}},
+        "export": {"gguf": "q8_0"},
         "publish": {
             "store": f"file://{directory}/store",
             "mlflow": {"tracking_uri": f"sqlite:///{mlflow}", "model_name": "small-gisp"},
@@ -107,7 +114,7 @@ def test_plan(gisp: Any, finished: Finished) -> None:
     assert plan["micro_batch_tokens"] == 2048
     # Six operations a weight and token, of the model as each step finds it.
     assert plan["scoring_flops"] == pytest.approx(6 * 16 * 64 * (4 * DENSE - DECODER * (0.1 + 0.2 + 0.3)))
-    logits, activations = 3 * 4 * 2048 * 512, 4 * 2048 * 5 * (6 * 64 + 4 * 172)
+    logits, activations = 4 * 2048 * 512, 4 * 2048 * 5 * (6 * 64 + 4 * 172)
     assert plan["scoring_bytes"] == 4 * DENSE + 4 * DECODER + logits + activations
 
 
@@ -126,7 +133,8 @@ def test_run_summary(finished: Finished) -> None:
         assert target <= sparsity < target + 32 * CHANNEL / DECODER
         assert level["model_name"] == "small-gisp"
         assert level["uri"] == f"{summary['store']}/levels/{level['name']}"
-        assert level["bytes"] == DirectoryListing.of(Path(level["uri"].removeprefix("file://")) / "model").size
+        listing = Path(level["uri"].removeprefix("file://")) / "model.json"
+        assert level["bytes"] == DirectoryListing.from_bytes(listing.read_bytes()).size
         ratio = level["metrics"][METRIC] / dense["metrics"][METRIC]
         assert level["gate"] == ("passed" if ratio <= 2.0 else "failed")
         assert level["alias"] == (level["name"] if ratio <= 2.0 else None)
@@ -155,14 +163,19 @@ def test_fused_steps_give_the_same_bytes(gisp: Any, finished: Finished, tmp_path
     )
     prefix = Path(fused["store"].removeprefix("file://"))
     assert prefix != finished.prefix
-    assert fused["manifest_sha256"] == finished.summary["manifest_sha256"]
     found, wanted = (DirectoryListing.of(directory).files for directory in (prefix, finished.prefix))
     assert found.keys() == wanted.keys()
-    # Timings are of a run, not of its result, and the page shows them.
+    # Timings and measured speed are of a run, not of its result; records and the page show them.
     differing = {name for name in wanted if found[name] != wanted[name]}
-    assert differing <= {"report.html", *(f"steps/{step:04d}/timing.json" for step in range(1, 5))}
+    timed = {"report.html", "manifest.json", *(f"steps/{step:04d}/timing.json" for step in range(1, 5))}
+    speed = {f"levels/{level}/evaluation/speed.json" for level in ("dense", "sp20", "sp40")}
+    records = {f"levels/{level}/{name}.json" for level in ("sp20", "sp40") for name in ("evaluation", "level")}
+    assert differing <= timed | speed | records
+    for one, other in zip(fused["levels"], finished.summary["levels"], strict=True):
+        assert one["metrics"].keys() == other["metrics"].keys()
+        assert one["metrics"][METRIC] == other["metrics"][METRIC]
     compared = wanted.keys() - differing
-    assert {"removal_order.safetensors", "steps/0003/scores.safetensors", "manifest.json"} <= compared
+    assert {"removal_order.safetensors", "steps/0003/scores.safetensors"} <= compared
     assert {f"levels/{level}/model/model.safetensors" for level in ("sp20", "sp40")} <= compared
 
 
@@ -200,8 +213,7 @@ def test_materialize(gisp: Any, finished: Finished, tmp_path: Path, sparsity: fl
     ids = AutoTokenizer.from_pretrained(out)("Once upon a time", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
     if sparsity == 0.2:
-        found, published = (DirectoryListing.of(d).files for d in (out, finished.prefix / "levels/sp20/model"))
-        assert found == published
+        assert DirectoryListing.of(out).files == _checkpoint(finished)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +240,7 @@ def test_materialize_leaves_a_full_directory_alone(gisp: Any, finished: Finished
     order = finished.prefix / "removal_order.safetensors"
     arguments = ("materialize", "--model", str(finished.model), "--order", str(order), "--sparsity", "0.2")
     done = gisp.call(*arguments, "--out", str(tmp_path), status=2)
-    assert "the directory is not empty" in done.stderr
+    assert "it is not an empty directory" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
@@ -239,6 +251,84 @@ def test_evaluate_agrees_with_the_run(gisp: Any, finished: Finished, level: int)
     done = gisp.call("evaluate", str(directory), "--task", "embedded_text", *section, "--json")
     metrics = json.loads(done.stdout)["embedded_text"]["metrics"]
     assert metrics == finished.summary["levels"][level]["metrics"]
+
+
+def test_speed_of_any_two_checkpoints(gisp: Any, finished: Finished) -> None:
+    level, sizes = finished.prefix / "levels/sp40/model", ("--set", "speed.prompt_tokens=32", "--json")
+    arguments = ("evaluate", str(level), "--task", "speed", *sizes, "--dense", str(finished.model))
+    metrics = json.loads(gisp.call(*arguments).stdout)["speed"]["metrics"]
+    assert metrics["speed_decode_over_dense"] > 0
+    assert metrics["speed_weight_bytes"] == 4 * finished.summary["levels"][2]["parameters"]
+    refused = gisp.call("evaluate", str(level), "--task", "embedded_text", "--dense", str(finished.model), status=2)
+    assert "only `--task speed` reads it" in refused.stderr
+    refused = gisp.call("evaluate", str(level), "--task", "speed", "--set", "speed.prompt_tokens=512", status=2)
+    assert "context is 512" in refused.stderr
+
+
+def test_the_file_for_llama_cpp(gisp: Any, finished: Finished, tmp_path: Path) -> None:
+    import gguf
+
+    level = finished.prefix / "levels/sp20"
+    record = json.loads((level / "level.json").read_text())["gguf"]
+    file = level / "sp20.gguf"
+    assert (record["key"], record["size"], record["sha256"]) == (
+        "levels/sp20/sp20.gguf", file.stat().st_size, sha256_file(file),
+    )  # fmt: skip
+    config = json.loads((level / "model/config.json").read_text())
+    widths = [layer["intermediate_size"] for layer in config["per_layer_config"].values()]
+    assert gguf.GGUFReader(file).fields["deci.feed_forward_length"].contents() == widths
+    order = str(finished.prefix / "removal_order.safetensors")
+    arguments = ("materialize", "--model", str(finished.model), "--order", order, "--sparsity", "0.2")
+    gisp.call(*arguments, "--out", str(tmp_path / "level"), "--format", "gguf", "--gguf-type", "q8_0")
+    (again,) = (tmp_path / "level").iterdir()
+    assert again.name == "sp20.gguf"
+    found, published = (
+        {tensor.name: bytes(tensor.data) for tensor in gguf.GGUFReader(path).tensors} for path in (again, file)
+    )
+    assert found == published
+    refused = gisp.call(*arguments, "--out", str(tmp_path / "other"), "--gguf-type", "q8_0", status=2)
+    assert "without --format gguf" in refused.stderr
+
+
+def test_materialize_from_and_to_s3(gisp: Any, finished: Finished, s3: Any) -> None:
+    store = open_store(f"s3://{s3.bucket}/archive")
+    store.put("removal_order.safetensors", finished.prefix / "removal_order.safetensors")
+    for path in finished.model.glob("*.*"):
+        store.put(f"base/{path.name}", path)
+    places = ("--model", f"{store.uri}/base", "--out", f"{store.uri}/ladder/sp20")
+    arguments = ("materialize", "--sparsity", "0.2", "--order")
+    missing = gisp.call(*arguments, f"{store.uri}/nothing.safetensors", *places, status=2)
+    assert "no such object" in missing.stderr
+    gisp.call(*arguments, f"{store.uri}/removal_order.safetensors", *places)
+    again = gisp.call(*arguments, f"{store.uri}/removal_order.safetensors", *places, status=2)
+    assert "something is stored there" in again.stderr
+    listing = store.stat("ladder/sp20.json")
+    assert listing is not None
+    written = DirectoryListing.from_bytes(store.read(listing)).files
+    assert written == _checkpoint(finished)
+    store.verify_directory("ladder/sp20")
+
+
+def test_the_model_card(finished: Finished) -> None:
+    level = finished.prefix / "levels/sp20"
+    card = (level / "model/README.md").read_text()
+    record = json.loads((level / "level.json").read_text())
+    assert record["package"]["model/README.md"]["sha256"] == sha256_file(level / "model/README.md")
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    dense, sp20, _ = (entry["metrics"][METRIC] for entry in finished.summary["levels"])
+    assert f"| {METRIC} | {sp20:.4g} | {dense:.4g} | embedded / test (embedded), 2,032 tokens, windows of 128" in text
+    assert f"{record['parameters']:,} parameters instead of {DENSE:,}" in text
+    for layer, width in enumerate(record["channels"]):
+        assert f"| {layer} | {record['query_heads'][layer]} | {record['kv_groups'][layer]} | {width} |" in text
+    assert "llama-cli -m sp20.gguf" in text
+
+
+def _checkpoint(finished: Finished) -> dict[str, Any]:
+    """What was published of sp20's checkpoint; the model card came later."""
+    found = DirectoryListing.from_bytes((finished.prefix / "levels/sp20/model.json").read_bytes()).files
+    assert "README.md" not in found
+    return dict(found)
 
 
 def _mtimes(directory: Path) -> dict[str, int]:

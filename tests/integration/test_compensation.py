@@ -71,7 +71,7 @@ def test_a_compensated_level_is_better_and_says_how_it_was_made(testdata: Path, 
     again = tmp_path / "again"
     model = run.recipe.model.source
     materialize_from_order(
-        model, order, out=again, sparsity=0.4, width_multiple=32, dtype="float32", compensate=sequences
+        model, str(order), out=str(again), sparsity=0.4, width_multiple=32, dtype="float32", compensate=sequences
     )
     assert (again / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
 

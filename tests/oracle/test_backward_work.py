@@ -63,7 +63,7 @@ def test_autograd_begins_at_the_first_scored_layer(model, calibration, score):
     attention = {f"model.layers.{FIRST}.self_attn.{name}_proj" for name in "qkv"}
     assert all(tracked[name] == {score == "taylor"} for name in attention)
     assert all(tracked[f"model.layers.{i}"] == {True} for i in range(FIRST, 5))
-    assert tracked["lm_head"] == {True}
+    assert tracked["model.norm"] == {True}
 
 
 @pytest.mark.parametrize("score", ["taylor", "gate_fisher"])
@@ -74,7 +74,7 @@ def test_only_scored_weights_get_gradients(model, calibration, score):
     def look(*_: object) -> None:
         during.append({name for name, parameter in loaded.named_parameters() if parameter.requires_grad})
 
-    loaded.lm_head.register_forward_hook(look)
+    loaded.model.norm.register_forward_hook(look)
     _score(loaded, model, calibration, score)
     projections = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
     expected = {

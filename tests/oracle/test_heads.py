@@ -419,7 +419,7 @@ def test_a_level_is_cut_from_the_file_of_an_order(stories, tmp_path: Path):
     for sparsity in (0.2, 0.4):
         out = tmp_path / f"{sparsity}"
         found = materialize_from_order(
-            str(stories.path), tmp_path / "order", out=out, sparsity=sparsity, width_multiple=32, dtype=None
+            str(stories.path), str(tmp_path / "order"), out=str(out), sparsity=sparsity, width_multiple=32, dtype=None
         )
         keep = order.level(sparsity, geometry=geometry, width_multiple=32)
         assert found == geometry.parameters_of(keep) + geometry.other_parameters

@@ -357,12 +357,12 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_score(
     tried = []
     batch_loss = forward.batch_loss
 
-    def limited(network: nn.Module, batch) -> torch.Tensor:
+    def limited(network: nn.Module, batch, scale: float) -> torch.Tensor:
         tried.append(batch.tokens.numel())
         # A pass that has begun well can fail too: what it has added up must not stay.
         if tried[-1] > fits and len(tried) > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return batch_loss(network, batch)
+        return batch_loss(network, batch, scale)
 
     monkeypatch.setattr(forward, "batch_loss", limited)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

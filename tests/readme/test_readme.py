@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from gisp_tasks.recipe import Recipe
+from gisp_tasks.stores.registry import MlflowRegistry
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -52,17 +53,23 @@ def test_every_gisp_command_runs_as_written(tmp_path, testdata):
         "GISP_DATA_ROOT": str(testdata / "data"),
         "HF_HUB_OFFLINE": "1",
         "GISP_CACHE": str(tmp_path / "cache"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
     }
+    MlflowRegistry(environment["MLFLOW_TRACKING_URI"]).check()  # makes the file, which retention does not
     shown = commands("gisp")
-    assert {shlex.split(line)[1] for line in shown} == {"plan", "run", "prune", "materialize", "evaluate", "compare"}
+    assert {shlex.split(line)[1] for line in shown} == {
+        *("plan", "run", "verify", "prune", "materialize", "evaluate", "compare", "prune-store"),
+    }
     for line in shown:
         directory = tmp_path / {"prune": "pruned", "compare": "compared"}.get(shlex.split(line)[1], "level")
         words = {
             "RECIPE": str(recipe),
+            "RUN": str(next(tmp_path.glob("store/runs/*"), "")),
             "DIRECTORY": str(directory),
             "MODEL_DIRECTORY": str(model),
             "model.source=MODEL_DIRECTORY": f"model.source={model}",
             "M": str(model),
+            "STORE": f"file://{tmp_path}/store",
             "removal_order.safetensors": str(tmp_path / "pruned" / "removal_order.safetensors"),
             "file:///srv/models": f"file://{tmp_path}/other-store",
             "pruning.steps=10": "pruning.steps=2",

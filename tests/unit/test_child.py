@@ -142,3 +142,10 @@ def _wait_until(condition: Callable[[], bool], *, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.05)
+
+
+def test_peak_memory_is_the_process_s_own() -> None:
+    held = bytearray(2**30)
+    code = "from gisp_tasks.tasks.score import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 2**24 < int(done.stdout) < len(held)

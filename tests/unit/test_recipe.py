@@ -258,13 +258,34 @@ def test_credentials_in_a_wrong_place_are_not_repeated(publish):
     assert SECRET not in refusal(publish=publish)
 
 
+@pytest.mark.parametrize(
+    ("signing", "expected"),
+    [
+        ({}, "a key has one place"),
+        ({"private_key_path": "/k.pem", "private_key_env": "KEY"}, "a key has one place"),
+        ({"private_key_env": f"-----BEGIN PRIVATE KEY-----\n{SECRET}: x"}, "private_key_env"),
+        ({"private_key_path": f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n" + 60 * "x"}, "private_key_path"),
+        ({"private_key": f"-----BEGIN PRIVATE KEY-----\n{SECRET}"}, "private_key: unknown key"),
+    ],
+)
+def test_a_signing_key_has_one_place_and_is_not_repeated(signing, expected):
+    message = refusal(publish={"store": "s3://models/gisp", "signing": signing})
+    assert "publish.signing" in message
+    assert expected in message
+    assert SECRET not in message
+
+
 # What decides the bytes of a run
 
 
 def test_identity_leaves_out_addresses_and_the_scheduler():
     here = parse(publish={"store": "s3://models/gisp", "mlflow": MLFLOW})
     there = parse(
-        publish={"store": "file:///srv", "mlflow": MLFLOW | {"tracking_uri": "http://other:1"}},
+        publish={
+            "store": "file:///srv",
+            "mlflow": MLFLOW | {"tracking_uri": "http://other:1"},
+            "signing": {"private_key_env": "KEY"},
+        },
         airflow={"pool": "gpu", "retries": 1, "steps_per_task": 30},
     )
     assert here.identity() == there.identity()

@@ -109,3 +109,16 @@ def test_steps_that_count_structures_say_so():
     step = {**MANIFEST["steps"][0], "target_sparsity": None, "structure_ratio": 0.0}
     page = render(SUMMARY, manifest={**MANIFEST, "steps": [step]}, curve_metric=None)
     assert "<td>0.00 % of the heads and channels</td>" in page
+
+
+def test_the_page_shows_each_check_of_the_gate():
+    checks = [
+        {"name": "reload_greedy", "metric": "greedy_equal", "value": True, "limit": True, "passed": True},
+        {"name": "bytes", "metric": "bytes", "value": 2_000_000, "limit": 1_500_000, "passed": False},
+    ]
+    judged = {"name": "sp20", "gate": {"passed": False, "checks": checks}}
+    page = render(SUMMARY, manifest={**MANIFEST, "levels": [*MANIFEST["levels"], judged]}, curve_metric=None)
+    _, _, gate = page.partition("The gate")
+    assert '<td class="text">bytes</td><td>1,500,000</td>\n<td class="failed">2,000,000</td>' in gate
+    assert '<td>yes</td>\n<td class="passed">yes</td>' in gate
+    assert "The gate" not in render(SUMMARY, manifest=MANIFEST, curve_metric=None)
