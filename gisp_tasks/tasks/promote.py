@@ -107,7 +107,7 @@ def _registered(run: Run, level: Json) -> tuple[Promotable, Json]:
 
 def _question(run: Run, promotable: Promotable, record: Json, champion: int | None) -> str:
     """What a person should see before they say yes."""
-    dense = merged_evaluation(run, DENSE)["metrics"]
+    dense = merged_evaluation(run.recipe, DENSE, read=run.read_json)["metrics"]
     metrics = record["evaluation"]["metrics"]
     version, serving = promotable.version.version, f"version {champion}" if champion is not None else "no version"
     checks = ["| gate | limit | value |", "|---|---|---|"]
