@@ -1,6 +1,7 @@
 """A run that asks for approval, without a scheduler: what it leaves behind, and every answer a person may give."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,17 @@ def test_a_person_approves_later(gisp: Any, asked: Asked) -> None:
     done = json.loads(gisp.call(*command, "--by", "ben", "--json").stdout)
     assert (done["alias"], done["champion"], done["from_version"]) == ("champion-sp30", version, None)
     assert asked.history()["champions"]["champion-sp30"] == version
+
+
+def test_verify_knows_the_history(gisp: Any, asked: Asked, tmp_path: Path) -> None:
+    store = Path(asked.summary["store"].removeprefix("file://"))
+    run = tmp_path / store.name
+    shutil.copytree(store, run)
+    command = ("verify", f"file://{run}", "--no-registry")
+    gisp.call(*command)
+    entry = run / Keys.HISTORY / "0001.json"
+    entry.write_text(entry.read_text().replace('"by":"small"', '"by":"other"'))
+    assert "was edited" in " ".join(gisp.call(*command, status=1).stdout.split())
 
 
 @pytest.mark.slow
