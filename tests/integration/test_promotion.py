@@ -165,7 +165,7 @@ def test_verify_knows_the_history(gisp: Any, asked: Asked, tmp_path: Path) -> No
     command = ("verify", f"file://{run}", "--no-registry")
     gisp.call(*command)
     entry = run / Keys.HISTORY / "0001.json"
-    entry.write_text(entry.read_text().replace('"by":"small"', '"by":"other"'))
+    entry.write_text(entry.read_text().replace('"small"', '"other"'))
     assert "was edited" in " ".join(gisp.call(*command, status=1).stdout.split())
 
 
