@@ -37,7 +37,7 @@ def judge(recipe: Recipe, geometry: Geometry, *, record: Json, dense: Mapping[st
 
 
 def gate_metric(recipe: Recipe, geometry: Geometry) -> str:
-    """The perplexity that the gate and the report's curve read: the first window of the text evaluation."""
+    """The perplexity that the gate reads: the first window of the text evaluation."""
     task = recipe.evaluation.perplexity_task
     assert task is not None, "the recipe refuses a perplexity gate without a text evaluation"
     window = windows_of(getattr(recipe.evaluation, task), geometry.max_positions)[0]
