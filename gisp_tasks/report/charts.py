@@ -137,7 +137,6 @@ def bars_chart(name: str, values: Mapping[int, float], unit: str, shown: Callabl
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
         axes.grid(visible=True, axis="y")
-        axes.set_axisbelow(True)
 
     said = ", ".join(f"{step}: {shown(value)}" for step, value in values.items())
     return drawing.draw(f"bars-{name}", label=f"{name} by step: {said}", size=(_SIZE[0], 2.3), paint=paint)

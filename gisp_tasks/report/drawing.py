@@ -31,6 +31,7 @@ _SETTINGS = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
+    "axes.axisbelow": True,
     "figure.facecolor": "none",
     "xtick.color": MUTED,
     "ytick.color": MUTED,

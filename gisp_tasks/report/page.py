@@ -141,6 +141,8 @@ def _scores(trajectory: Trajectory) -> Iterator[tuple[str, str, Mapping[int, Sco
     """Kind of structure, chart and the numbers behind it."""
     attention = {step.number: step.attention for step in trajectory.steps if step.attention}
     mlp = {step.number: step.mlp for step in trajectory.steps if step.mlp}
+    if not attention and not mlp:
+        return
     limits = charts.score_limits([*attention.values(), *mlp.values()])
     for name, scores in ((_structure(trajectory), attention), ("channels", mlp)):
         if scores:

@@ -150,6 +150,12 @@ def test_mlflow_knows_the_sources(registry: MlflowRegistry, client: MlflowClient
     assert DATASETS[index]["source"] in source.to_dict().values()
 
 
+def test_a_run_knows_its_experiment(registry: MlflowRegistry, client: MlflowClient) -> None:
+    experiment = f"experiment-{uuid.uuid4().hex}"
+    run = _open(registry, experiment=experiment)
+    assert registry.experiment_of(run) == client.get_experiment_by_name(experiment).experiment_id
+
+
 def test_metrics_and_files(registry: MlflowRegistry, client: MlflowClient, tmp_path: Path) -> None:
     run = _open(registry)
     registry.log_metrics(run, {"sp40/wikitext2/ppl_token_w128": 12.5}, step=40)

@@ -1,6 +1,7 @@
 """The command line on a small trained model: its surface, and that its commands agree with each other."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,15 @@ def test_running_again_publishes_nothing(gisp: Any, finished: Finished) -> None:
 
     versions = MlflowRegistry(f"sqlite:///{finished.mlflow}").versions("small-gisp")
     assert sorted(version.version for version in versions) == [1, 2]
+
+
+def test_the_page_shows_what_was_kept_and_what_it_took(finished: Finished) -> None:
+    page = (finished.prefix / "report.html").read_text()
+    for level in ("sp20", "sp40"):
+        record = json.loads((finished.prefix / f"levels/{level}/level.json").read_text())
+        assert re.search(rf"keeps {sum(record['kv_groups'])} of \d+ kv groups, {sum(record['channels']):,} of", page)
+    for path in finished.prefix.glob("steps/*/timing.json"):
+        assert f"<td>{json.loads(path.read_text())['seconds']:.1f}</td>" in page
 
 
 def test_fused_steps_give_the_same_bytes(gisp: Any, finished: Finished, tmp_path: Path) -> None:

@@ -249,7 +249,12 @@ def test_what_was_not_recorded_is_left_out(finished_run):
     page = Page(rendered(run))
     assert page.row("1", having="3.5")[4:6] == [DASH, DASH]
     run.trajectory = dataclasses.replace(run.trajectory, steps=(bare,) * len(run.trajectory.steps))
-    assert "peak memory by step" not in rendered(run)
+    html = rendered(run)
+    assert "peak memory by step" not in html
+    assert "Scores of kv groups" not in html
+    nothing = dataclasses.replace(bare, mlp=None)
+    run.trajectory = dataclasses.replace(run.trajectory, steps=(nothing,) * len(run.trajectory.steps))
+    assert "Scores of" not in rendered(run)
 
 
 def test_a_level_without_attention_or_channels_in_a_layer_is_drawn(finished_run):

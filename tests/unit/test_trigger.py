@@ -7,7 +7,7 @@ import pytest
 from airflow.sdk.api.datamodels._generated import DagRun
 
 from gisp_tasks.stores.manifest_schema import Trigger
-from gisp_tasks.tasks.trigger import trigger_of
+from gisp_tasks.tasks.trigger import page_of, trigger_of
 
 
 def dag_run(run_type: str, user: str | None) -> DagRun:
@@ -56,3 +56,12 @@ def test_a_user_without_a_name(monkeypatch):
 
     monkeypatch.setattr(getpass, "getuser", nobody)
     assert trigger_of(dag_run("manual", "dag_test"))["user"] is None
+
+
+def test_a_scheduler_has_a_page_of_its_run_and_the_command_line_none():
+    class Task:
+        log_url = "https://airflow.example/dags/gisp_demo/runs/manual__1%2B00%3A00/tasks/report?try_number=1"
+
+    address = "https://airflow.example/dags/gisp_demo/runs/manual__1%2B00%3A00"
+    assert page_of(Task(), trigger_of(dag_run("manual", "jane"))) == address
+    assert page_of(Task(), trigger_of(dag_run("manual", "dag_test"))) is None
