@@ -114,9 +114,9 @@ class AirflowSection(Section):
     schedule: str | None = None
     """Cron expression or preset; null: started by hand or by the release watch."""
     watch: str | None = None
-    """Cron expression or preset of the release watch: that often `model.source` is asked for its newest
-    revision, and one that the watch has not started this recipe with starts it; null: no watch. For hub models, `models:/NAME` and s3://
-    prefixes of releases, with `model.revision` null or a branch."""
+    """Cron expression or preset of the release watch: that often `model.source` is asked for its newest revision, and
+    one that the watch has not started this recipe with starts it; null: no watch. For hub models, `models:/NAME` and
+    s3:// prefixes of releases, with `model.revision` null or a branch."""
     retries: int = Field(default=3, ge=0, le=20)
     """Attempts after the first, for errors that may pass. Permanent errors are never tried again."""
 

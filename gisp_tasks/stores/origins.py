@@ -65,7 +65,7 @@ class Origin(ABC):
 
     @abstractmethod
     def pin(self, revision: str | None) -> str | None:
-        """What ``revision`` means now, in words that mean the same for ever; None where only the files tell models apart.
+        """What ``revision`` means now, in words that mean it for ever; None where only the files tell models apart.
 
         Raises:
             InputError: there is no such model or revision, or it is not complete.
