@@ -163,10 +163,10 @@ def registered(model, mlflow_server, s3, tmp_path, monkeypatch):
     client = MlflowClient(mlflow_server.url, mlflow_server.url)
     name = f"base-{uuid.uuid4().hex}"
 
-    def register(address):
+    def register(address, run_id=None):
         with contextlib.suppress(MlflowException):
             client.create_registered_model(name)
-        return str(client.create_model_version(name, address).version)
+        return str(client.create_model_version(name, address, run_id=run_id).version)
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.url)
     return f"models:/{name}", register
@@ -202,7 +202,7 @@ def test_a_registered_version_whose_files_the_server_keeps(registered, model):
     client = MlflowClient()
     run = client.create_run("0")
     client.log_artifacts(run.info.run_id, str(model), "base")
-    version = register(f"{run.info.artifact_uri}/base")
+    version = register(f"{run.info.artifact_uri}/base", run_id=run.info.run_id)
     record = model_source.resolve(ModelSection(source=source))
     assert record["revision"] == version
     assert record["files"] == model_source.resolve(ModelSection(source=str(model)))["files"]
