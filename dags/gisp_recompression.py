@@ -1,4 +1,4 @@
-"""One DAG per recipe file: model -> calibration -> K steps -> levels -> S3 -> MLflow -> report.
+"""One DAG per recipe file: model -> calibration -> K steps -> levels -> S3 -> MLflow -> report (-> promotion).
 
 K, the levels and what hangs on which step are known from the recipe alone, so the whole graph is drawn at parse
 time. Nothing heavy is imported here: tasks import what they need when they run, and whatever loads a model runs
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from airflow.sdk import DAG, Asset, Param, TaskGroup, task
+from airflow.sdk.exceptions import AirflowSkipException
 
+from gisp_tasks.approval import WAIT, LevelApproval
 from gisp_tasks.pruning.schedule import fused_steps, level_steps
 from gisp_tasks.recipe import Recipe
 from gisp_tasks.tasks.child import run_in_child
@@ -107,7 +109,7 @@ def register_model(recipe: Json, run: Json, level: Json, outlet_events: Any = No
 
     registered = register(recipe, run, level)
     outlet_events[level_asset(registered["recipe"], registered["level"])].extra = registered
-    return registered
+    return level
 
 
 def level_asset(recipe: str, level: str) -> Asset:
@@ -119,6 +121,15 @@ def level_asset(recipe: str, level: str) -> Asset:
 def report(recipe: Json, run: Json, dag_run: Any = None) -> Json:
     """Manifest and page of the finished run; Airflow fills in ``dag_run``."""
     return run_in_child("gisp_tasks.tasks.report:report", recipe=recipe, run=run, trigger=trigger_of(dag_run))
+
+
+@task
+def promote(recipe: Json, run: Json, level: Json, answer: Json | None) -> None:
+    """Make a level champion, if the gate, or the person who was asked, says so; shown as skipped if not."""
+    from gisp_tasks.tasks.promote import promote as promote_level
+
+    if not promote_level(recipe, run, level, answer):
+        raise AirflowSkipException("not promoted; `gisp history` says why")
 
 
 def recompression_dag(recipe: Recipe, source: Path) -> DAG:
@@ -136,6 +147,7 @@ def recompression_dag(recipe: Recipe, source: Path) -> DAG:
         params={
             "revision": Param(None, type=["null", "string"], description="Pins the model instead of the recipe"),
             "resume": Param(False, type="boolean", description="Go on with an unfinished run; never begin one"),
+            **_approval_params(recipe),
         },
         default_args={
             **attempts(recipe),
@@ -153,6 +165,10 @@ def recompression_dag(recipe: Recipe, source: Path) -> DAG:
         ]
         finish = report(data, run)
         [*ends, *dense, orders[recipe.pruning.steps]] >> finish
+        if recipe.publish.promotion.by != "none":
+            with TaskGroup("promotion"):
+                for name, registered in zip(recipe.level_names, ends, strict=True):
+                    _promotion(recipe, data, run, name, registered, finish)
     return dag
 
 
@@ -190,6 +206,27 @@ def _level(recipe: Recipe, data: Json, run: Any, name: str, order: Any, dense: l
         if recipe.publish.mlflow is None:
             return uploaded
         return register_model.override(outlets=[level_asset(recipe.name, name)])(data, run, uploaded)
+
+
+def _promotion(recipe: Recipe, data: Json, run: Any, name: str, registered: Any, finish: Any) -> None:
+    """A registered level to its champion's alias, after the run is complete with its report."""
+    task_name = name.replace(".", "_")
+    # The run itself is done: a promotion that fails does not make it a failed one in MLflow.
+    quiet = {"on_failure_callback": None}
+    asked = None
+    if recipe.publish.promotion.by == "approval":
+        place = {"recipe": data, "run": run, "level": registered}
+        asked = LevelApproval(task_id=f"approve_{task_name}", **place, promotion=recipe.publish.promotion, **quiet)
+    answer = asked.output if asked else None
+    promoted = promote.override(task_id=f"promote_{task_name}", **quiet)(data, run, registered, answer)
+    finish >> (asked or promoted)
+
+
+def _approval_params(recipe: Recipe) -> dict[str, Param]:
+    if recipe.publish.promotion.by != "approval":
+        return {}
+    text = "Wait until an approver answers; otherwise the request is left for `gisp approve`"
+    return {WAIT: Param(True, type="boolean", description=text)}
 
 
 def _evaluations(recipe: Recipe, data: Json, run: Any, level: str, model: Any) -> list[Any]:

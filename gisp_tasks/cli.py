@@ -6,6 +6,7 @@ Exit status: 0, 2 for bad input (one message, no traceback), 1 for a failure.
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gisp_tasks import promotion_commands
 from gisp_tasks.errors import GispError, InputError, RetryableError
 from gisp_tasks.recipe import ITEM_DATASETS, CalibrationSection, EvaluationSection, Recipe, level_name
 
@@ -85,8 +87,12 @@ def run(
         _ask_services(parsed)
         console.print(f"[bold]{parsed.name}[/]: {parsed.model.source}, log in {log}", highlight=False, soft_wrap=True)
         dag = local_airflow.load_dag(parsed)
+        from gisp_tasks.approval import WAIT
+
         with TaskProgress(console, total=len(dag.tasks)) as progress:
-            manifest = local_airflow.run_dag(dag, conf={"resume": resume}, on_event=progress.event)
+            # Nobody answers a run in this process: `gisp approve` does, later.
+            conf = {"resume": resume} | ({WAIT: False} if WAIT in dag.params else {})
+            manifest = local_airflow.run_dag(dag, conf=conf, on_event=progress.event)
         from gisp_tasks.tasks.report import summarise
 
         summary = summarise(parsed.model_dump(mode="json"), manifest)
@@ -97,6 +103,9 @@ def run(
     console.print(ladder_table(summary))
     for level in summary["levels"][1:]:
         console.print(f"{level['name']:9} {level['uri']}", highlight=False, soft_wrap=True)
+        if level["promotion"] == "awaiting approval":
+            command = f"gisp approve {shlex.quote(level['model_name'])} {level['model_version']} --reason TEXT"
+            console.print(f"{'':9} awaits approval: {command}", highlight=False, soft_wrap=True)
     console.print(
         f"store     {summary['store']}\nmanifest  {summary['manifest_sha256']}", highlight=False, soft_wrap=True
     )
@@ -384,6 +393,10 @@ def _whole_numbers(text: str) -> list[int]:
         raise InputError(
             f"--seeds {text}: no list of whole numbers was found; write them with commas between, e.g. 0,1,2"
         ) from None
+
+
+for _command in (promotion_commands.history, promotion_commands.approve, promotion_commands.rollback):
+    app.command()(_reports_errors(_command))
 
 
 def main() -> None:

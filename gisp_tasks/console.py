@@ -61,7 +61,7 @@ class TaskProgress:
             self._progress.update(self._bar, description=task_id)
             return
         took = time.monotonic() - self._began.get(task_id, time.monotonic())
-        mark = "[green]done[/]" if state == "success" else "[red]failed[/]"
+        mark = {"success": "[green]done[/]", "skipped": "[dim]skipped[/]"}.get(state, "[red]failed[/]")
         self._progress.console.print(f"  {mark}  {task_id}  [dim]{took:.1f} s[/]", highlight=False)
         self._progress.advance(self._bar)
 

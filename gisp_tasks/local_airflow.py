@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 DAGS_FOLDER = Path(__file__).parent.parent / "dags"
 CACHE = Path(os.environ.get("GISP_CACHE", "~/.cache/gisp")).expanduser()
 Event = Callable[[str, str], None]
-"""Called with a task's id and ``running``, ``success`` or ``failed``."""
+"""Called with a task's id and ``running``, ``success``, ``skipped`` or ``failed``."""
 
 
 @contextmanager
@@ -112,6 +112,10 @@ def _make_listener(on_event: Event) -> Any:
         @hookimpl
         def on_task_instance_success(self, task_instance: Any) -> None:
             on_event(task_instance.task_id, "success")
+
+        @hookimpl
+        def on_task_instance_skipped(self, task_instance: Any) -> None:
+            on_event(task_instance.task_id, "skipped")
 
         @hookimpl
         def on_task_instance_failed(self, task_instance: Any, error: Any) -> None:

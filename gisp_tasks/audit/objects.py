@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from gisp_tasks.audit.findings import Audit
 from gisp_tasks.audit.subject import Json, Subject
 from gisp_tasks.pruning.plan import DENSE, Keys
+from gisp_tasks.stores.history import RunHistory
 from gisp_tasks.tasks.sign import MANIFEST_SIGNATURE
 
 CHECK = "objects"
@@ -25,6 +26,8 @@ def check_objects(audit: Audit, subject: Subject) -> None:
                 audit.find(CHECK, key, "belongs to every such run, and the manifest's artifacts do not name it")
             elif sha256 is not None and sha256 != recorded:
                 audit.find(CHECK, key, f"the manifest names it twice, with sha256 {recorded} and {sha256}")
+    with audit.guard(CHECK, Keys.HISTORY):
+        _check_history(audit, subject)
     with audit.guard(CHECK, "listing"):
         _check_listing(audit, subject)
 
@@ -78,6 +81,18 @@ def _of_level(level: Json) -> Iterator[tuple[str, str | None]]:
         yield level["compensation"]["key"], level["compensation"]["sha256"]
 
 
+def _check_history(audit: Audit, subject: Subject) -> None:
+    """Findings where the decisions about the run's levels do not follow from each other, or from its manifest.
+
+    That the last ones are missing shows only in the registry (`gisp history`).
+    """
+    for number, entry in enumerate(RunHistory(subject.store).read()):
+        audit.objects += 1
+        audit.size += len(entry.to_bytes())
+        if number == 0 and entry.previous != subject.digest(Keys.MANIFEST)[0]:
+            audit.find(CHECK, Keys.HISTORY, "its first entry was made for another manifest")
+
+
 def _check_listing(audit: Audit, subject: Subject) -> None:
     """Findings for objects that nothing names; missing ones were found by reading them."""
     names = [level["name"] for level in subject.level_records]
@@ -87,5 +102,5 @@ def _check_listing(audit: Audit, subject: Subject) -> None:
     allowed |= {Keys.level(name, "model.sig") for name in names}
     checkpoints = tuple(Keys.level(name, "model/") for name in names)
     for key in subject.store.keys(""):
-        if key not in allowed and not key.startswith(checkpoints):
+        if key not in allowed and not key.startswith((*checkpoints, f"{Keys.HISTORY}/")):
             audit.find(CHECK, key, "lies there, and the manifest does not name it")

@@ -68,7 +68,7 @@ class Subject:
             InputError: the recorded recipe or model is none.
         """
         recorded = self.manifest["recipe"]
-        publish = {**recorded["publish"], "store": "file:///nowhere", "mlflow": None}
+        publish = {**recorded["publish"], "store": "file:///nowhere", "mlflow": None, "promotion": {}}
         recipe = Recipe.parse({**recorded, "publish": publish}, origin="the manifest's recipe")
         return Run(recipe, self.manifest["run_id"], self.manifest["model"], self.store)
 

@@ -176,7 +176,7 @@ def start_airflow(
         home: Airflow's home; also holds the log. An ``airflow.db`` there is used, and migrated if need be.
         recipes: a recipe file or a directory of them.
         port: of the pages; by default a free one.
-        environment: further variables of its tasks, e.g. those of the S3 server.
+        environment: further variables of Airflow and its tasks, e.g. those of the S3 server, or of a login.
 
     Raises:
         InputError: ``port`` is taken.
@@ -186,14 +186,14 @@ def start_airflow(
     (chosen,) = free_ports(1, port, 0)
     url = f"http://127.0.0.1:{chosen}"
     settings = {
+        # No login unless the caller says so: the pages are bound to this machine.
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
         **(environment or {}),
         **airflow_environment(home, recipes=recipes),
         "AIRFLOW__API__HOST": "127.0.0.1",
         "AIRFLOW__API__PORT": str(chosen),
         "AIRFLOW__API__BASE_URL": url,
         "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(64),
-        # No login: the pages are bound to this machine.
-        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "10",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }

@@ -212,6 +212,7 @@ class Keys:
     MANIFEST = "manifest.json"
     REPORT = "report.html"
     SUMMARY = "summary.json"
+    HISTORY = "history"
 
     @staticmethod
     def step(number: int, name: str) -> str:

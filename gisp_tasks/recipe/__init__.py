@@ -26,7 +26,14 @@ from gisp_tasks.recipe.method import (
     PruningSection,
     level_name,
 )
-from gisp_tasks.recipe.publish import AirflowSection, EncryptionSection, GateSection, MlflowSection, PublishSection
+from gisp_tasks.recipe.publish import (
+    AirflowSection,
+    EncryptionSection,
+    GateSection,
+    MlflowSection,
+    PromotionSection,
+    PublishSection,
+)
 from gisp_tasks.recipe.reading import apply_settings, read_mapping, set_value
 from gisp_tasks.recipe.section import Section
 from gisp_tasks.recipe.signing import SigningSection
@@ -63,6 +70,7 @@ __all__ = [
     "MlflowSection",
     "ModelSection",
     "ProblemEvaluation",
+    "PromotionSection",
     "ProtectSection",
     "PruningSection",
     "PublishSection",
@@ -189,8 +197,8 @@ class Recipe(Section):
         return self.model_copy(update={"model": model})
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of a run: all but where and how it is kept, the signing key, how it is scheduled."""
-        kept = {"store", "encryption", "signing"}
+        """What decides the bytes of a run: all but how it is kept, signed, promoted and scheduled."""
+        kept = {"store", "encryption", "signing", "promotion"}
         value = self.model_dump(mode="json", exclude={"airflow": True, "publish": kept})
         if value["publish"]["mlflow"]:
             del value["publish"]["mlflow"]["tracking_uri"]

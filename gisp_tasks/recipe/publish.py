@@ -1,7 +1,7 @@
 """Where a run's artefacts go, what they must meet, and what runs it."""
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -66,6 +66,31 @@ class EncryptionSection(Section):
         return self
 
 
+class PromotionSection(Section):
+    """Which version of a level is its champion, the one that `models:/NAME@champion-sp40` serves."""
+
+    by: Literal["none", "gate", "approval"] = "none"
+    """`none`: no run moves a champion. `gate`: a version that passed the gate becomes champion at the end of its run,
+    once. `approval`: it becomes champion when one of `approvers` says so, in Airflow or with `gisp approve`."""
+    approvers: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(default=(), max_length=50)
+    """Ids of the Airflow users who may approve; most auth managers take the user name."""
+    timeout_hours: float = Field(default=168.0, gt=0, le=8760)
+    """How long Airflow waits for the answer; none by then is no approval."""
+
+    @model_validator(mode="after")
+    def _approval_has_approvers(self) -> Self:
+        if self.by == "approval" and not self.approvers:
+            raise ValueError(
+                "by=approval was asked, and nobody is named who may approve; name at least one Airflow user in "
+                "`approvers`, or set by: gate"
+            )
+        if self.by != "approval" and self.approvers:
+            raise ValueError(
+                f"approvers were named with by={self.by}, which asks nobody; set by: approval, or remove `approvers`"
+            )
+        return self
+
+
 class PublishSection(Section):
     """Where the run's artefacts go."""
 
@@ -75,6 +100,7 @@ class PublishSection(Section):
     """Encryption at rest of an s3:// store; null: whatever the bucket's default is."""
     mlflow: MlflowSection | None = None
     gate: GateSection = GateSection()
+    promotion: PromotionSection = PromotionSection()
     signing: SigningSection | None = None
     """Sign every level and the manifest; null: nothing is signed. May be set for a run that is finished: started again,
     it gets its signatures."""
@@ -91,6 +117,15 @@ class PublishSection(Section):
         if ".." in uri.split("/"):
             raise ValueError(f"{uri} contains '..'; write the address in full")
         return uri
+
+    @model_validator(mode="after")
+    def _promotion_has_a_registry(self) -> Self:
+        if self.promotion.by != "none" and self.mlflow is None:
+            raise ValueError(
+                f"promotion.by={self.promotion.by} moves an alias of a registered model, and the recipe names no "
+                f"registry; add publish.mlflow, or remove publish.promotion"
+            )
+        return self
 
     @model_validator(mode="after")
     def _encryption_has_a_server(self) -> Self:

@@ -5,7 +5,6 @@ source. So a task that was killed between two calls does the rest when it is tri
 MLflow's own environment variables and nowhere else; nothing here changes MLflow's process-wide state.
 """
 
-import json
 import logging
 import sqlite3
 import time
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from gisp_tasks.errors import GispError, InputError, PermanentError, RegistryUnavailableError
+from gisp_tasks.stores.lineage import dataset_input, flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, Run
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.store.entities import PagedList
 
@@ -40,7 +40,6 @@ _PROBE_TIMEOUT_S = 4  # to connect, and again to answer
 _PARAMS_PER_BATCH = 100
 _ENTRIES_PER_PAGE = 500
 _MAX_PARAM_CHARACTERS = 6000
-_MAX_DIGEST_CHARACTERS = 36
 _MAX_REASON_CHARACTERS = 500
 _RETRYABLE_STATUSES = (408, 409, 429, 499)  # and 5xx
 
@@ -105,6 +104,11 @@ class Inventory:
 def alias_name(level: str) -> str:
     """The alias of a level: its name, with ``_`` for the dot that MLflow does not allow (sp37.5 -> sp37_5)."""
     return level.replace(".", "_")
+
+
+def champion_alias(level: str) -> str:
+    """The alias of the version of a level that was promoted: ``champion-sp40``."""
+    return f"champion-{alias_name(level)}"
 
 
 class MlflowRegistry:
@@ -191,7 +195,7 @@ class MlflowRegistry:
             if run.info.status != "RUNNING":
                 self._client.update_run(mlflow_run, status="RUNNING")
             self._log_parameters(mlflow_run, flatten(parameters), known=run.data.params)
-            self._client.log_inputs(mlflow_run, datasets=[_dataset_input(dataset) for dataset in datasets])
+            self._client.log_inputs(mlflow_run, datasets=[dataset_input(dataset) for dataset in datasets])
         return mlflow_run
 
     def log_metrics(self, mlflow_run: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
@@ -251,8 +255,7 @@ class MlflowRegistry:
         """All versions of a registered model by rising number; none if there is no such model."""
         with self._mapped(f"list the versions of {model_name}"):
             found = self._client.search_model_versions(f"name = '{model_name}'")
-            aliases = self._client.get_registered_model(model_name).aliases if found else {}
-        numbers = {alias: int(number) for alias, number in aliases.items()}
+        numbers = self.aliases(model_name)
         registered = []
         for version in sorted(found, key=_number):
             number, alias = _number(version), alias_name(version.tags.get(LEVEL_TAG, ""))
@@ -271,6 +274,16 @@ class MlflowRegistry:
                 return {}
             aliases = self._client.get_registered_model(model_name).aliases
         return {alias: int(number) for alias, number in aliases.items()}
+
+    def set_alias(self, model_name: str, alias: str, version: int) -> None:
+        """Point an alias to a version, whatever it pointed to before."""
+        with self._mapped(f"point {alias} of {model_name} to version {version}"):
+            self._client.set_registered_model_alias(model_name, alias, str(version))
+
+    def tag(self, model_name: str, version: int, key: str, value: str) -> None:
+        """Set one tag of a version."""
+        with self._mapped(f"tag version {version} of {model_name}"):
+            self._client.set_model_version_tag(model_name, str(version), key, value)
 
     def run_tags(self, *, experiment: str, run_id: str) -> dict[str, str] | None:
         """The tags of the MLflow run of a pipeline run; None if there is none."""
@@ -424,34 +437,6 @@ class MlflowRegistry:
         if _may_pass(status):
             return RegistryUnavailableError(reason)
         return PermanentError(reason)
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as one, with dotted keys; what is no string becomes JSON."""
-    flat: dict[str, str] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat.update(flatten(item, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = item if isinstance(item, str) else json.dumps(item)
-    return flat
-
-
-def _dataset_input(dataset: Mapping[str, str]) -> "DatasetInput":
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-
-    scheme = urlsplit(dataset["source"]).scheme
-    kind = {"": "local", "file": "local", "https": "http"}.get(scheme, scheme)  # MLflow's names of kinds of source
-    return DatasetInput(
-        dataset=Dataset(
-            name=dataset["name"],
-            digest=dataset["digest"][:_MAX_DIGEST_CHARACTERS],
-            source_type=kind,
-            source=json.dumps({"url" if kind == "http" else "uri": dataset["source"]}),
-        ),
-        tags=[InputTag(MLFLOW_DATASET_CONTEXT, dataset["context"]), InputTag("gisp.sha256", dataset["digest"])],
-    )
 
 
 def _create_unless_there(create: Callable[[], object]) -> None:

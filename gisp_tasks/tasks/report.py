@@ -10,12 +10,15 @@ from gisp_tasks.report import render
 from gisp_tasks.stores.manifest import seal
 from gisp_tasks.stores.registry import MANIFEST_TAG, MlflowRegistry
 from gisp_tasks.tasks.gate import gate_metric
+from gisp_tasks.tasks.promotion import promotion_state
 from gisp_tasks.tasks.record import manifest_content
 from gisp_tasks.tasks.runtime import Json, Run
 from gisp_tasks.tasks.sign import sign_manifest
 from gisp_tasks.tasks.tracking import connect
 
 logger = logging.getLogger(__name__)
+
+_UNREGISTERED = dict.fromkeys(("model_name", "model_version", "alias", "promotion"))
 
 
 def report(recipe: Json, run: Json, trigger: Json) -> Json:
@@ -65,7 +68,7 @@ def _summary(run: Run, manifest: Json) -> Json:
     versions = _registered(run)
     levels = []
     for level in manifest["levels"]:
-        version = versions.get(level["name"], {"model_name": None, "model_version": None, "alias": None})
+        version = versions.get(level["name"], _UNREGISTERED)
         dense = level["name"] == DENSE
         gate = None if dense else "passed" if level["gate"]["passed"] else "failed"
         levels.append(
@@ -76,8 +79,9 @@ def _summary(run: Run, manifest: Json) -> Json:
                 "bytes": level["bytes"],
                 "metrics": level["evaluation"]["metrics"],
                 "uri": run.model["source"] if dense else f"{run.store.uri}/levels/{level['name']}",
-                **version,
+                **{name: version[name] for name in ("model_name", "model_version", "alias")},
                 "gate": gate,
+                "promotion": version["promotion"],
             }
         )
     seconds = [_seconds(run, step["number"]) for step in manifest["steps"]]
@@ -91,17 +95,20 @@ def _summary(run: Run, manifest: Json) -> Json:
 
 
 def _registered(run: Run) -> dict[str, dict[str, Any]]:
-    """Level name -> registered model, version and alias of this run."""
+    """Level name -> registered model, version, alias and state of promotion of this run."""
     mlflow = run.recipe.publish.mlflow
     if mlflow is None:
         return {}
+    registry = MlflowRegistry(mlflow.tracking_uri)
+    aliases = registry.aliases(mlflow.model_name)
     return {
         version.tags["gisp.level"]: {
             "model_name": version.name,
             "model_version": version.version,
             "alias": version.alias,
+            "promotion": promotion_state(version, aliases),
         }
-        for version in MlflowRegistry(mlflow.tracking_uri).versions(mlflow.model_name)
+        for version in registry.versions(mlflow.model_name)
         if version.tags.get("gisp.run_id") == run.run_id
     }
 

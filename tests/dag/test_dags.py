@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,45 @@ def test_report_is_last(load_dag: LoadDag) -> None:
     dag = load_dag()
     assert _before(dag, "report") == set(dag.task_ids) - {"report"}
     assert not dag.get_task("report").downstream_task_ids
+
+
+def _publish(**promotion: Any) -> dict[str, Any]:
+    return {**BASE["publish"], "promotion": promotion}
+
+
+def test_a_promotion_by_the_gate_follows_the_report(load_dag: LoadDag) -> None:
+    plain, edges = _edges(load_dag()), _edges(load_dag(publish=_publish(by="gate")))
+    added = {name: edges.pop(name) for name in list(edges) if name not in plain}
+    assert edges == plain
+    assert added == {
+        f"promotion.promote_{level}": {"resolve_model", "report", f"{level}.register_model"}
+        for level in ("sp20", "sp37_5")
+    }
+
+
+def test_an_approval_asks_before_it_promotes(load_dag: LoadDag) -> None:
+    dag = load_dag(publish=_publish(by="approval", approvers=["ana", "ben"], timeout_hours=0.5))
+    edges = _edges(dag)
+    for level in ("sp20", "sp37_5"):
+        known = {"resolve_model", f"{level}.register_model"}
+        assert edges[f"promotion.approve_{level}"] == {"report"} | known
+        assert edges[f"promotion.promote_{level}"] == {f"promotion.approve_{level}"} | known
+    asked = dag.get_task("promotion.approve_sp20")
+    assert (asked.defaults, asked.response_timeout) == (["Reject"], timedelta(minutes=30))
+    assert asked.assigned_users == [{"id": name, "name": name} for name in ("ana", "ben")]
+    assert dag.params.dump() == {"revision": None, "resume": False, "wait_for_approval": True}
+    # What fails here does not make the finished run a failed one.
+    assert not asked.on_failure_callback
+    assert not dag.get_task("promotion.promote_sp20").on_failure_callback
+    assert dag.get_task("report").on_failure_callback
+
+
+def test_the_scheduler_can_store_an_approval(load_dag: LoadDag) -> None:
+    from airflow.serialization.serialized_objects import DagSerialization
+
+    dag = load_dag(publish=_publish(by="approval", approvers=["ana"]))
+    restored = DagSerialization.from_json(DagSerialization.to_json(dag))
+    assert _edges(restored) == _edges(dag)
 
 
 def test_fused_steps(load_dag: LoadDag) -> None:

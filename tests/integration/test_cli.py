@@ -24,13 +24,16 @@ SURFACE = {
     ],
     "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "--trust-remote-code", "checkpoint"],
     "verify": ["--json", "--public-key", "--registry", "--replay", "--tracking-uri", "run"],
+    "history": ["--json", "--tracking-uri", "model"],
+    "approve": ["--by", "--json", "--reason", "--tracking-uri", "model", "version"],
+    "rollback": ["--by", "--json", "--reason", "--to", "--tracking-uri", "level", "model"],
     "compare": ["--compensation", "--json", "--methods", "--out", "--seeds", "--set", "recipe"],
     "prune-store": ["--json", "--keep-days", "--tracking-uri", "--yes", "store"],
 }
 SUMMARY_KEYS = ["run_id", "store", "manifest_sha256", "levels"]
 LEVEL_KEYS = [
     *("name", "param_sparsity", "parameters", "bytes", "metrics", "uri"),
-    *("model_name", "model_version", "alias", "gate"),
+    *("model_name", "model_version", "alias", "gate", "promotion"),
 ]
 METRIC = "embedded_text_ppl_token_w128"
 
@@ -125,7 +128,7 @@ def test_run_summary(finished: Finished) -> None:
     assert all(list(level) == LEVEL_KEYS for level in summary["levels"])
     dense, *levels = summary["levels"]
     assert (dense["name"], dense["param_sparsity"], dense["parameters"]) == ("dense", 0, DENSE)
-    assert dense["model_name"] is dense["model_version"] is dense["alias"] is dense["gate"] is None
+    assert {dense[key] for key in ("model_name", "model_version", "alias", "gate", "promotion")} == {None}
     assert [level["name"] for level in levels] == ["sp20", "sp40"]
     for level, target in zip(levels, (0.2, 0.4), strict=True):
         sparsity = 1 - (level["parameters"] - OTHER) / DECODER
@@ -138,6 +141,7 @@ def test_run_summary(finished: Finished) -> None:
         ratio = level["metrics"][METRIC] / dense["metrics"][METRIC]
         assert level["gate"] == ("passed" if ratio <= 2.0 else "failed")
         assert level["alias"] == (level["name"] if ratio <= 2.0 else None)
+    assert {level["promotion"] for level in levels} == {None}
     assert {level["gate"] for level in levels} == {"passed", "failed"}
     assert {level["model_version"] for level in levels} == {1, 2}
 

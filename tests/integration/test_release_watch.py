@@ -15,9 +15,12 @@ from airflow_process import EXAMPLES, Airflow, airflow_process
 from fake_hub import FakeHub, fake_hub
 
 from gisp_tasks.demo.services import Service, start_airflow
+from gisp_tasks.errors import InputError
 from gisp_tasks.local_airflow import DAGS_FOLDER
 from gisp_tasks.pruning.plan import Keys
 from gisp_tasks.stores.artifacts import open_store
+from gisp_tasks.tasks.resolve_model import resolve_model
+from gisp_tasks.tasks.runtime import Run
 
 FIRST, SECOND = "1" * 40, "2" * 40
 Json = dict[str, Any]
@@ -227,6 +230,26 @@ def test_a_run_shows_the_revision_it_was_started_with_and_its_levels_are_events(
     }
     assert open_store(told["uri"]).verify_directory("model").sha256 == told["digest"]
     assert airflow.tick("gisp_new_level")["tasks"]["take_over"] == ["success", 1]
+
+
+def test_the_same_weights_give_the_same_run_however_they_were_named(
+    releases: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GISP_CACHE", str(tmp_path / "cache"))
+    recipe: Json = {
+        "name": "named",
+        "model": {"source": releases("v1"), "dtype": "float32"},
+        "calibration": {"dataset": "embedded", "sequences": 4, "sequence_length": 32},
+        "pruning": {"levels": [0.4], "steps": 1},
+        "evaluation": {"embedded_text": {"windows": [64], "limit_tokens": 65}},
+        "publish": {"store": f"file://{tmp_path}/store"},
+        "airflow": {"watch": "@daily"},
+    }
+    newest = resolve_model(recipe)
+    assert resolve_model(recipe, revision="v1") == newest
+    assert Run.open(recipe, newest).recipe.model.revision == "v1"
+    with pytest.raises(InputError, match=r"revision=v2: no .*/v2/manifest\.json was found"):
+        resolve_model(recipe, revision="v2")
 
 
 # With Airflow's own scheduler.

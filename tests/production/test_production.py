@@ -71,6 +71,7 @@ class TestFault:
                 attempt.wait_for_object("steps/0002/removal_order.safetensors")
             _away(topology.redis, 20)
             outcome = _compare(attempt, undisturbed)
+            assert outcome.attempts == {}, "sending a task waits for the broker, at no attempt's cost"
             note(_line("redis restarted", repeat, outcome, undisturbed))
 
     def test_s3_fails_for_half_a_minute(self, topology, undisturbed, repeat, note) -> None:

@@ -45,7 +45,8 @@ def test_every_gisp_command_runs_as_written(tmp_path, testdata):
     model = testdata / "models" / "stories260K"
     recipe = tmp_path / "readme.yaml"
     tiny = TINY | {"model": {"source": str(model), "dtype": "float32"}}
-    tiny["publish"] = tiny["publish"] | {"store": f"file://{tmp_path}/store"}
+    registry = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "model_name": "readme-gisp"}
+    tiny["publish"] = tiny["publish"] | {"store": f"file://{tmp_path}/store", "mlflow": registry}
     recipe.write_text(yaml.safe_dump(tiny))
     environment = {
         **os.environ,
@@ -53,13 +54,17 @@ def test_every_gisp_command_runs_as_written(tmp_path, testdata):
         "GISP_DATA_ROOT": str(testdata / "data"),
         "HF_HUB_OFFLINE": "1",
         "GISP_CACHE": str(tmp_path / "cache"),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "MLFLOW_TRACKING_URI": registry["tracking_uri"],
     }
     MlflowRegistry(environment["MLFLOW_TRACKING_URI"]).check()  # makes the file, which retention does not
     shown = commands("gisp")
     assert {shlex.split(line)[1] for line in shown} == {
         *("plan", "run", "verify", "prune", "materialize", "evaluate", "compare", "prune-store"),
+        *("approve", "rollback", "history"),
     }
+    # A rollback needs an earlier champion: both runs' versions are approved.
+    approve = next(line for line in shown if line.startswith("gisp approve"))
+    shown.insert(shown.index(approve), approve.replace("VERSION", "1"))
     for line in shown:
         directory = tmp_path / {"prune": "pruned", "compare": "compared"}.get(shlex.split(line)[1], "level")
         words = {
@@ -67,6 +72,9 @@ def test_every_gisp_command_runs_as_written(tmp_path, testdata):
             "RUN": str(next(tmp_path.glob("store/runs/*"), "")),
             "DIRECTORY": str(directory),
             "MODEL_DIRECTORY": str(model),
+            "MODEL": registry["model_name"],
+            "VERSION": "2",
+            "LEVEL": "sp40",
             "model.source=MODEL_DIRECTORY": f"model.source={model}",
             "M": str(model),
             "STORE": f"file://{tmp_path}/store",

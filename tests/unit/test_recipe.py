@@ -275,6 +275,36 @@ def test_a_signing_key_has_one_place_and_is_not_repeated(signing, expected):
     assert SECRET not in message
 
 
+# Who promotes
+
+APPROVAL = {"by": "approval", "approvers": ["ana"], "timeout_hours": 0.5}
+
+
+def test_nothing_is_promoted_unless_asked():
+    assert parse().publish.promotion.model_dump() == {"by": "none", "approvers": (), "timeout_hours": 168.0}
+
+
+@pytest.mark.parametrize("promotion", [{"by": "gate"}, APPROVAL])
+def test_a_promotion_needs_a_registry(promotion):
+    publish = {"store": "s3://models/gisp", "promotion": promotion}
+    assert "names no registry; add publish.mlflow" in refusal(publish=publish)
+    assert parse(publish=publish | {"mlflow": MLFLOW}).publish.promotion.by == promotion["by"]
+
+
+@pytest.mark.parametrize(
+    ("promotion", "expected"),
+    [
+        ({"by": "approval"}, "nobody is named who may approve"),
+        ({"by": "gate", "approvers": ["ana"]}, "approvers were named with by=gate, which asks nobody"),
+        (APPROVAL | {"timeout_hours": 0}, "publish.promotion.timeout_hours=0"),
+        (APPROVAL | {"approvers": [""]}, "publish.promotion.approvers[0]"),
+        ({"by": "vote"}, "publish.promotion.by='vote'"),
+    ],
+)
+def test_promotions_that_cannot_be(promotion, expected):
+    assert expected in refusal(publish={"store": "s3://models/gisp", "mlflow": MLFLOW, "promotion": promotion})
+
+
 # What decides the bytes of a run
 
 
@@ -290,6 +320,8 @@ def test_identity_leaves_out_addresses_and_the_scheduler():
     )
     assert here.identity() == there.identity()
     assert here != there
+    asked = parse(publish={"store": "s3://models/gisp", "mlflow": MLFLOW, "promotion": APPROVAL})
+    assert asked.identity() == here.identity()
 
 
 @pytest.mark.parametrize(
