@@ -4,24 +4,21 @@ K, the levels and what hangs on which step are known from the recipe alone, so t
 time. Nothing heavy is imported here: tasks import what they need when they run, and whatever loads a model runs
 in a process of its own (`gisp_tasks.tasks.child`). Only references travel between tasks.
 
-`GISP_RECIPES` names recipe files or directories instead of ``recipes/`` beside this file (separated by ``:``).
+Every level that is registered is an event of the asset ``x-gisp://<recipe>/<level>``, on which other DAGs can be
+scheduled. `gisp_release_watch.py` starts these DAGs when there is something new.
 """
 
-import os
-import warnings
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, ExceptionRetryPolicy, Param, RetryAction, RetryRule, TaskGroup, task
+from airflow.sdk import DAG, Asset, Param, TaskGroup, task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from gisp_tasks.approval import WAIT, LevelApproval
-from gisp_tasks.errors import InputError, PermanentError
 from gisp_tasks.pruning.schedule import fused_steps, level_steps
 from gisp_tasks.recipe import Recipe
 from gisp_tasks.tasks.child import run_in_child
+from gisp_tasks.tasks.dag_files import attempts, load_recipes
 from gisp_tasks.tasks.trigger import page_of, trigger_of
 
 Json = dict[str, Any]
@@ -106,11 +103,18 @@ def upload_to_s3(recipe: Json, run: Json, level: str, model: Json, order: Json) 
 
 
 @task
-def register_model(recipe: Json, run: Json, level: Json) -> Json:
-    """Make a level a version of the registered model."""
+def register_model(recipe: Json, run: Json, level: Json, outlet_events: Any = None) -> Json:
+    """Make a level a version of the registered model, and an event of its asset; Airflow fills in ``outlet_events``."""
     from gisp_tasks.tasks.register_model import register_model as register
 
-    return register(recipe, run, level)
+    registered = register(recipe, run, level)
+    outlet_events[level_asset(registered["recipe"], registered["level"])].extra = registered
+    return level
+
+
+def level_asset(recipe: str, level: str) -> Asset:
+    """The asset of a recipe's level: the same one for all its runs, stores and registries."""
+    return Asset(f"x-gisp://{recipe}/{level}")
 
 
 @task
@@ -149,11 +153,7 @@ def recompression_dag(recipe: Recipe, source: Path) -> DAG:
             **_approval_params(recipe),
         },
         default_args={
-            "retries": recipe.airflow.retries,
-            "retry_delay": timedelta(seconds=30),
-            "retry_exponential_backoff": 2.0,
-            "max_retry_delay": timedelta(minutes=10),
-            "retry_policy": ExceptionRetryPolicy(rules=[RetryRule(exception=PermanentError, action=RetryAction.FAIL)]),
+            **attempts(recipe),
             "on_failure_callback": close_mlflow_run,
         },
     ) as dag:
@@ -206,7 +206,9 @@ def _level(recipe: Recipe, data: Json, run: Any, name: str, order: Any, dense: l
         [*evaluations, *dense] >> uploaded
         if recipe.export.gguf != "none":
             export_gguf(data, run, name, model) >> uploaded
-        return register_model(data, run, uploaded) if recipe.publish.mlflow else uploaded
+        if recipe.publish.mlflow is None:
+            return uploaded
+        return register_model.override(outlets=[level_asset(recipe.name, name)])(data, run, uploaded)
 
 
 def _promotion(recipe: Recipe, data: Json, run: Any, name: str, registered: Any, finish: Any) -> None:
@@ -253,18 +255,5 @@ def close_mlflow_run(context: Any) -> None:
         close_failed(task_instance.task.op_args[0], run)
 
 
-def recipe_files() -> Iterator[Path]:
-    """The recipes to make DAGs of."""
-    places = os.environ.get("GISP_RECIPES") or str(Path(__file__).parent / "recipes")
-    for place in map(Path, places.split(os.pathsep)):
-        yield from sorted(place.glob("*.yaml")) if place.is_dir() else [place]
-
-
-for _path in recipe_files():
-    try:
-        _recipe = Recipe.load(_path)
-    except InputError as error:
-        # One bad recipe must not take the DAGs of all others away.
-        warnings.warn(f"no DAG was made: {error}", stacklevel=1)
-        continue
+for _recipe, _path in load_recipes(Path(__file__)):
     globals()[f"gisp_{_recipe.name}"] = recompression_dag(_recipe, _path)

@@ -40,8 +40,11 @@ from gisp_tasks.recipe.signing import SigningSection
 from gisp_tasks.recipe.sources import (
     COMMONSENSE_TASKS,
     FILE_DATASETS,
+    HUB_COMMIT,
+    HUB_ID,
     ITEM_DATASETS,
     NAMED_DATASETS,
+    RELEASE,
     CalibrationSection,
     ModelSection,
 )
@@ -50,9 +53,12 @@ from gisp_tasks.refs import canonical_json
 __all__ = [
     "COMMONSENSE_TASKS",
     "FILE_DATASETS",
+    "HUB_COMMIT",
+    "HUB_ID",
     "ITEM_DATASETS",
     "NAMED_DATASETS",
     "REFERENCE_PROTECT",
+    "RELEASE",
     "AirflowSection",
     "CalibrationSection",
     "ChoiceEvaluation",
@@ -161,6 +167,16 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _watch_has_an_upstream(self) -> "Recipe":
+        if self.airflow.watch is not None and (reason := self.model.unwatchable):
+            raise ValueError(
+                f"airflow.watch={self.airflow.watch!r} asks for new revisions, and the model {reason}; name a hub "
+                f"model (with a branch or no revision), models:/NAME or an s3:// prefix of releases, or remove "
+                f"airflow.watch"
+            )
+        return self
+
     @property
     def level_names(self) -> tuple[str, ...]:
         """`sp20` for parameter sparsity 0.2, and so on."""
@@ -170,6 +186,15 @@ class Recipe(Section):
     def compensation_section(self) -> CalibrationSection:
         """What least squares reads."""
         return self.pruning.compensation_data or self.calibration
+
+    def with_revision(self, revision: str | None) -> "Recipe":
+        """The same recipe of another revision of its model.
+
+        Raises:
+            InputError: ``revision`` is not of the form that the source's revisions have.
+        """
+        model = ModelSection.parse({**self.model.model_dump(), "revision": revision}, origin="model")
+        return self.model_copy(update={"model": model})
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of a run: all but how it is kept, signed, promoted and scheduled."""

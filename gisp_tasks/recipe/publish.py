@@ -3,10 +3,14 @@
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from gisp_tasks.recipe.section import Section
 from gisp_tasks.recipe.signing import SigningSection
+
+_PRESETS = frozenset({"@hourly", "@daily", "@weekly", "@monthly", "@quarterly", "@yearly"})
+_ONLY_SCHEDULES = frozenset({"@once", "@continuous"})
+"""Airflow's presets that are no times."""
 
 
 class MlflowSection(Section):
@@ -144,5 +148,24 @@ class AirflowSection(Section):
     """Consecutive steps fused into one task that keeps the model loaded; the bytes are the same."""
     schedule: str | None = None
     """Cron expression or preset; null: started by hand or by the release watch."""
+    watch: str | None = None
+    """Cron expression or preset of the release watch: that often `model.source` is asked for its newest revision, and
+    one that the watch has not started this recipe with starts it; null: no watch. For hub models, `models:/NAME` and
+    s3:// prefixes of releases, with `model.revision` null or a branch."""
     retries: int = Field(default=3, ge=0, le=20)
     """Attempts after the first, for errors that may pass. Permanent errors are never tried again."""
+
+    @field_validator("schedule", "watch")
+    @classmethod
+    def _times(cls, expression: str | None, info: ValidationInfo) -> str | None:
+        presets = _PRESETS if info.field_name == "watch" else _PRESETS | _ONLY_SCHEDULES
+        if expression is None or expression in presets:
+            return expression
+        from croniter import croniter
+
+        if len(expression.split()) != 5 or not croniter.is_valid(expression):
+            raise ValueError(
+                f"{expression[:60]!r} says no times; allowed are the five fields of cron (minute, hour, day, month, "
+                f"day of week), e.g. '0 3 * * *', and {', '.join(sorted(presets))}; correct it"
+            )
+        return expression

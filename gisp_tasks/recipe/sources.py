@@ -1,5 +1,6 @@
 """Which model, and the text whose loss decides."""
 
+import re
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -11,6 +12,17 @@ FILE_DATASETS = ("tokens", "text", "items")
 ITEM_DATASETS = ("commonsense_qa", "items")
 # The tasks of `commonsense_qa`, in the order of the published calibration set.
 COMMONSENSE_TASKS = ("boolq", "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "winogrande", "piqa")
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""A repository of the hub, or a directory of that name."""
+HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
+RELEASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""The name of a release below an s3:// prefix."""
+_REVISIONS = {
+    "models:/": (re.compile(r"[1-9][0-9]{0,8}"), "the number of a version"),
+    "s3://": (RELEASE, "the name of a release right below the prefix: letters, digits, '.', '_' and '-'"),
+}
+"""Beginning of a source -> the form of its revisions; the hub's are any text."""
 
 
 def _within(path: str | None) -> str | None:
@@ -24,15 +36,48 @@ class ModelSection(Section):
     """Which weights are pruned."""
 
     source: str = Field(min_length=1, max_length=1024)
-    """A model id of the Hugging Face hub, a local directory, or an s3:// prefix; safetensors only."""
-    revision: str | None = None
-    """Hub commit (40 hex digits) or branch; a branch, or null for `main`, is resolved to a commit at the start."""
+    """A model id of the Hugging Face hub, `models:/NAME` of the MLflow registry in `MLFLOW_TRACKING_URI`, a local
+    directory, or an s3:// prefix; safetensors only."""
+    revision: str | None = Field(default=None, min_length=1, max_length=200)
+    """Of a hub's model a commit (40 hex digits), branch or tag, null: `main`; of a registered model the number of a
+    version, null: the newest; of an s3:// prefix a release, which lies below it as RELEASE/ and is complete with
+    RELEASE/manifest.json, null: the model right below the prefix, or else the newest release. Directories have none.
+    Whatever it is, a run pins it at its start, and its record shows what was pinned."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the weights while scoring and in the checkpoints; gradients accumulate in float32 in any case."""
     trust_remote_code: bool = False
     """Allow Python code that the model repository ships. Off by default; recorded in the manifest when on."""
 
-    _source_within = field_validator("source")(_within)
+    _within = field_validator("source", "revision")(_within)
+
+    @field_validator("source")
+    @classmethod
+    def _registered_model_without_version(cls, source: str) -> str:
+        if source.startswith("models:/") and not re.fullmatch(r"models:/[^/@:'\"%]+", source):
+            raise ValueError(
+                "a registered model is named as models:/NAME, without version, alias or server; give the version as "
+                "model.revision, and the server in MLFLOW_TRACKING_URI"
+            )
+        return source
+
+    @model_validator(mode="after")
+    def _revision_is_of_its_source(self) -> Self:
+        for beginning, (form, allowed) in _REVISIONS.items():
+            if self.source.startswith(beginning) and self.revision is not None and not form.fullmatch(self.revision):
+                raise ValueError(
+                    f"revision={self.revision!r} was given for a source that begins with {beginning}; allowed is "
+                    f"{allowed}, or null for the newest; correct model.revision"
+                )
+        return self
+
+    @property
+    def unwatchable(self) -> str | None:
+        """Why no new revision of it can ever be found; None if one can."""
+        if self.source.startswith(tuple(_REVISIONS)):
+            return "names one revision" if self.revision is not None else None
+        if not HUB_ID.fullmatch(self.source):
+            return "is a directory, which has no revisions"
+        return "names one commit" if self.revision and HUB_COMMIT.fullmatch(self.revision) else None
 
 
 class CalibrationSection(Section):

@@ -1,30 +1,23 @@
-"""Where base weights come from: a hub at a commit, a directory, an s3:// prefix; safetensors only.
+"""Where base weights come from, pinned: hub commit, registered version, directory, s3:// prefix; safetensors only.
 
 A *model record* names the weights for good: source, revision, and the sha256 of every file. It is JSON-ready, and
-`locate` finds the same files again on any machine, or refuses.
+`locate` finds the same files again on any machine, or refuses. What a revision is: `stores.origins`.
 """
 
-import hashlib
 import json
 import logging
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gisp_tasks.errors import InputError, IntegrityError, RetryableError
+from gisp_tasks.errors import InputError, IntegrityError
 from gisp_tasks.recipe import ModelSection
 from gisp_tasks.refs import DirectoryListing, sha256_bytes, sha256_file
-from gisp_tasks.stores.artifacts import open_store
 from gisp_tasks.stores.model_files import check_model_files
+from gisp_tasks.stores.origins import BY_FILES, Directory, Hub, Origin, Prefix, is_hub_id, is_wanted
+from gisp_tasks.stores.registered_origin import RegisteredModel
 
 logger = logging.getLogger(__name__)
-
-_NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "LICENSE*", "README.md")
-_CODE = ("*.py",)
-HUB_COMMIT = "hub commit"
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def resolve(section: ModelSection) -> dict[str, Any]:
@@ -32,27 +25,22 @@ def resolve(section: ModelSection) -> dict[str, Any]:
 
     Raises:
         InputError: no such model, or as in `check_model_files`.
-        RetryableError: the hub or the store did not answer.
+        RetryableError: the hub, the registry or the store did not answer.
     """
-    revision = ""
-    if section.source.startswith("s3://"):
-        directory = _download_prefix(section.source)
-    elif _is_hub_id(section.source):
-        revision = _hub_commit(section.source, section.revision)
-        directory = _hub_snapshot(section.source, revision, patterns=_patterns(section.trust_remote_code))
-    else:
-        directory = _local_directory(section)
+    origin = _origin_of(section.source)
+    pinned = origin.pin(section.revision)
+    directory = origin.fetch(pinned, with_code=section.trust_remote_code)
     config = _parse_config(directory / "config.json", section)
     check_model_files(directory, config, source=section.source, trust_remote_code=section.trust_remote_code)
     files = {
         name: {"sha256": sha, "size": size}
         for name, (sha, size) in DirectoryListing.of(directory).files.items()
-        if _is_wanted(name, section.trust_remote_code)
+        if is_wanted(name, with_code=section.trust_remote_code)
     }
     return {
         "source": section.source,
-        "revision": revision or sha256_bytes(json.dumps(files, sort_keys=True).encode())[:40],
-        "revision_kind": HUB_COMMIT if revision else "digest of the files",
+        "revision": pinned or sha256_bytes(json.dumps(files, sort_keys=True).encode())[:40],
+        "revision_kind": origin.kind if pinned else BY_FILES,
         "trust_remote_code": section.trust_remote_code,
         "licence": _licence_of(directory),
         "config": config,
@@ -60,39 +48,54 @@ def resolve(section: ModelSection) -> dict[str, Any]:
     }
 
 
+def pinned_revision(record: Mapping[str, Any]) -> str | None:
+    """The ``model.revision`` with which a recipe names the model of a record for good; None where it has none."""
+    revision: str = record["revision"]
+    return None if record["revision_kind"] == BY_FILES else revision
+
+
+def newest_revision(section: ModelSection) -> str:
+    """What the model's upstream has now, pinned; nothing is downloaded.
+
+    Raises:
+        InputError: there is none, or a model without revisions lies there.
+        RetryableError: as in `resolve`.
+    """
+    pinned = _origin_of(section.source).pin(section.revision)
+    if pinned is None:
+        raise InputError(
+            f"model.source={section.source!r} is to be watched, and was found to be one model without revisions. "
+            f"Releases lie below an s3:// prefix as RELEASE/config.json, …, RELEASE/manifest.json; publish them so, or "
+            f"remove airflow.watch"
+        )
+    return pinned
+
+
 def read_config(section: ModelSection) -> dict[str, Any]:
-    """Only the configuration of the model that a recipe names; of a hub model, nothing else is downloaded.
+    """Only the configuration of the model that a recipe names; nothing else is downloaded.
 
     Raises:
         InputError: as in `resolve`.
         RetryableError: as in `resolve`.
     """
-    if section.source.startswith("s3://"):
-        copied = open_store(section.source).copy_out("config.json", _cache_of(section.source) / "config.json")
-        return _parse_config(copied, section)
-    if _is_hub_id(section.source):
-        commit = _hub_commit(section.source, section.revision)
-        return _parse_config(_hub_snapshot(section.source, commit, patterns=("config.json",)) / "config.json", section)
-    return _parse_config(_local_directory(section) / "config.json", section)
+    origin = _origin_of(section.source)
+    return _parse_config(origin.fetch_config(origin.pin(section.revision)), section)
 
 
 def locate(record: Mapping[str, Any]) -> Path:
-    """The directory of a resolved model on this machine, downloaded if need be, every file verified.
+    """The directory of a resolved model on this machine, fetched if need be, every file verified.
 
     Raises:
         IntegrityError: the files are not those of the record.
         InputError: the directory is gone.
-        RetryableError: the hub or the store did not answer.
+        RetryableError: as in `resolve`.
     """
-    source = record["source"]
-    if source.startswith("s3://"):
-        directory = _cache_of(source)
-        if _first_difference(directory, record["files"]):
-            _download_prefix(source)
-    elif record["revision_kind"] == HUB_COMMIT:
-        directory = _hub_snapshot(source, record["revision"], patterns=_patterns(record["trust_remote_code"]))
-    else:
-        directory = Path(source).expanduser()
+    source, pinned = record["source"], pinned_revision(record)
+    # A directory that meanwhile has the name of a hub's model is not that model.
+    origin = Hub(source) if record["revision_kind"] == Hub.kind else _origin_of(source)
+    directory = origin.held(pinned)
+    if directory is None or _first_difference(directory, record["files"]):
+        directory = origin.fetch(pinned, with_code=record["trust_remote_code"])
     different = _first_difference(directory, record["files"])
     if different:
         raise IntegrityError(
@@ -100,6 +103,14 @@ def locate(record: Mapping[str, Any]) -> Path:
             f"(sha256 {record['files'][different]['sha256'][:12]}…); restore it, or start a new run of the recipe"
         )
     return directory
+
+
+def _origin_of(source: str) -> Origin:
+    if source.startswith("s3://"):
+        return Prefix(source)
+    if source.startswith("models:/"):
+        return RegisteredModel(source)
+    return Hub(source) if is_hub_id(source) else Directory(source)
 
 
 def _first_difference(directory: Path, files: Mapping[str, Any]) -> str | None:
@@ -127,25 +138,6 @@ def _licence_of(directory: Path) -> str | None:
     return str(found) if found else None
 
 
-def _is_hub_id(source: str) -> bool:
-    return bool(_HUB_ID.match(source)) and not Path(source).exists()
-
-
-def _local_directory(section: ModelSection) -> Path:
-    directory = Path(section.source).expanduser()
-    if not directory.is_dir():
-        raise InputError(
-            f"model.source={section.source!r}: no such directory, and not an 'owner/name' of the hub or an s3:// "
-            f"prefix; give the path of a Hugging Face model directory"
-        )
-    if section.revision is not None:
-        raise InputError(
-            f"model.revision={section.revision!r} was given for the local directory {section.source}, which has no "
-            f"revisions: its files' digests identify it; remove model.revision"
-        )
-    return directory
-
-
 def _parse_config(path: Path, section: ModelSection) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -159,69 +151,3 @@ def _parse_config(path: Path, section: ModelSection) -> dict[str, Any]:
             f"complete model"
         )
     return config
-
-
-def _is_wanted(name: str, with_code: bool) -> bool:
-    return "/" not in name and not name.startswith(".") and any(map(Path(name).match, _patterns(with_code)))
-
-
-def _patterns(with_code: bool) -> tuple[str, ...]:
-    return (*_NEEDED, *_CODE) if with_code else _NEEDED
-
-
-def _hub_commit(source: str, revision: str | None) -> str:
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        commit = HfApi().model_info(source, revision=revision, timeout=30).sha
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise InputError(
-            f"model.source={source!r}, revision={revision or 'main'}: the hub has no such model or revision, or it is "
-            f"private; check the name, or give a token in HF_TOKEN. A local model needs the path of its directory"
-        ) from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise InputError(
-            f"model.source={source!r} is no directory here, so the model hub was asked, which cannot be reached "
-            f"({type(error).__name__}); give a local directory or an s3:// prefix, or make the hub reachable"
-        ) from None
-    if not commit:
-        raise InputError(f"model {source}: the hub names no commit for revision {revision or 'main'}; pin one")
-    return commit
-
-
-def _hub_snapshot(source: str, commit: str, *, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, revision=commit, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise RetryableError(f"model {source}@{commit}: the download failed: {type(error).__name__}") from error
-
-
-def _cache_of(uri: str) -> Path:
-    cache = Path(os.environ.get("GISP_CACHE", "~/.cache/gisp")).expanduser()
-    return cache / "models" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-
-
-def _download_prefix(uri: str) -> Path:
-    """Copy the objects right below an s3:// prefix into the cache of this machine."""
-    directory = _cache_of(uri)
-    store = open_store(uri)
-    names = [key for key in store.keys("") if _is_wanted(key, with_code=True)]
-    if not names:
-        raise InputError(f"model.source={uri!r}: no model file lies below this prefix; give that of a model directory")
-    for stale in directory.glob("*"):
-        if stale.name not in names:
-            stale.unlink()
-    for name in names:
-        store.copy_out(name, directory / name)
-    return directory

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def register_model(recipe: Json, run: Json, level: Json) -> Json:
-    """Register one level, once; return the reference of its record.
+    """Register one level, once; return what its asset event tells.
 
     The objects are verified first: the registry would take an address where nothing lies.
 
@@ -30,7 +30,7 @@ def register_model(recipe: Json, run: Json, level: Json) -> Json:
     assert connection is not None, "only recipes with publish.mlflow have this task"
     assert mlflow is not None, "only recipes with publish.mlflow have this task"
     registry, mlflow_run = connection
-    registry.register_level(
+    version = registry.register_level(
         LevelVersion(
             model_name=mlflow.model_name,
             level=record["name"],
@@ -42,7 +42,20 @@ def register_model(recipe: Json, run: Json, level: Json) -> Json:
             tags=version_tags(this, record),
         )
     )
-    return level
+    return {
+        "recipe": this.recipe.name,
+        "level": record["name"],
+        "run_id": this.run_id,
+        "base_source": this.model["source"],
+        "base_revision": this.model["revision"],
+        "uri": version.source,
+        "model_name": version.name,
+        "model_version": version.version,
+        "alias": version.alias,
+        "digest": record["model"]["sha256"],
+        "metrics": record["evaluation"]["metrics"],
+        "gate": "passed" if record["gate"]["passed"] else "failed",
+    }
 
 
 def version_tags(run: Run, record: Json) -> dict[str, str]:

@@ -29,9 +29,12 @@ logger = logging.getLogger(__name__)
 def resolve_model(recipe: Json, revision: str | None = None, resume: bool = False) -> Json:
     """Check the whole input, pin the model, and publish recipe, model record and plan.
 
+    What is digested, published and shown from here on is the recipe with the revision that was pinned, whether it
+    named that one, a branch of it or none: the same weights give the same run.
+
     Args:
         recipe: as data.
-        revision: pins the model instead of the recipe's own revision (given by the release watch).
+        revision: instead of the recipe's own (given by the release watch, or by hand).
         resume: go on with a run that was begun, never begin one.
 
     Returns:
@@ -43,11 +46,12 @@ def resolve_model(recipe: Json, revision: str | None = None, resume: bool = Fals
     """
     parsed = Recipe.parse(recipe)
     if revision is not None:
-        parsed = parsed.model_copy(update={"model": parsed.model.model_copy(update={"revision": revision})})
+        parsed = parsed.with_revision(revision)
     check_services(parsed)
     if parsed.publish.signing is not None:
         signatures.check_key(parsed.publish.signing)
     model = model_source.resolve(parsed.model)
+    parsed = parsed.with_revision(model_source.pinned_revision(model))
     plan = make_plan(parsed, geometry_of(model["config"], granularity=parsed.importance.granularity))
     directory = model_source.locate(model)
     calibration = build_calibration(parsed, parsed.calibration, directory, model)

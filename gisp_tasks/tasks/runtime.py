@@ -32,7 +32,7 @@ class Run:
     """One run: its recipe, its identity and its prefix of the store.
 
     Args:
-        recipe: what was asked.
+        recipe: what was asked, with the revision of the model that was pinned.
         run_id: 12 hex digits, the digest of everything that decides the run's bytes.
         model: the record of the base model (`stores.model_source`).
         store: opened at ``<store>/runs/<run_id>``.
@@ -54,7 +54,8 @@ class Run:
         ref = ArtifactRef.from_dict(run)
         store = open_store(ref.uri.removesuffix("/" + Keys.PLAN), encryption=parsed.publish.encryption)
         document = json.loads(store.read(ref))
-        return cls(parsed, document["run_id"], document["model"], store)
+        pinned = parsed.with_revision(document["identity"]["recipe"]["model"]["revision"])
+        return cls(pinned, document["run_id"], document["model"], store)
 
     @cached_property
     def geometry(self) -> Geometry:

@@ -1,5 +1,6 @@
 """The DAG file: which tasks a recipe becomes, what hangs on what, and what parsing it costs."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -272,15 +273,73 @@ print(json.dumps({"seconds": time.process_time() - began, "modules": list(sys.mo
 """
 
 
+def _parse(path: Path, home: Path, **environment: str) -> dict[str, Any]:
+    """What parsing a DAG file in a new process takes and leaves."""
+    known = {name: value for name, value in os.environ.items() if name != "GISP_RECIPES"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error:no DAG was made", "-c", _PARSE, str(path)],
+        env={**known, "AIRFLOW_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert not set(HEAVY) & set(outcome["modules"])
+    return outcome
+
+
 def test_parsing_is_light(tmp_path: Path) -> None:
     path = local_airflow.DAGS_FOLDER / "gisp_recompression.py"
-    environment = {**os.environ, "AIRFLOW_HOME": str(tmp_path)}
-    environment.pop("GISP_RECIPES", None)
-    outcomes = []
-    for _ in range(3):
-        command = [sys.executable, "-W", "error:no DAG was made", "-c", _PARSE, str(path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        outcomes.append(json.loads(done.stdout.splitlines()[-1]))
-        assert not set(HEAVY) & set(outcomes[-1]["modules"])
-        assert len([name for name in outcomes[-1]["dags"] if name != "gisp_tasks"]) == len(RECIPES)
+    outcomes = [_parse(path, tmp_path) for _ in range(3)]
+    assert all(len(set(outcome["dags"]) - {"gisp_tasks"}) == len(RECIPES) for outcome in outcomes)
     assert min(outcome["seconds"] for outcome in outcomes) < MAX_PARSE_S
+
+
+# Assets, the release watch, the example.
+
+
+def test_every_level_is_an_asset_of_its_own(load_dag: LoadDag) -> None:
+    dag = load_dag()
+    found = {task.task_id: [asset.uri for asset in task.outlets] for task in dag.tasks if task.outlets}
+    assert found == {
+        "sp20.register_model": ["x-gisp://small/sp20"],
+        "sp37_5.register_model": ["x-gisp://small/sp37.5"],
+    }
+    moved = load_dag(publish={"store": "s3://elsewhere/gisp"})
+    assert moved.get_task("sp20.register_model").outlets == dag.get_task("sp20.register_model").outlets
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_only_recipes_that_ask_for_it_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, watch in (("watched", "0 3 * * *"), ("left-alone", None)):
+        value = {**BASE, "name": name, "airflow": {"watch": watch, "retries": 2}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(value))
+    monkeypatch.setenv("GISP_RECIPES", str(tmp_path))
+    path = local_airflow.DAGS_FOLDER / "gisp_release_watch.py"
+    module = _load(path)
+    assert [name for name in vars(module) if name.startswith("watch_gisp_")] == ["watch_gisp_watched"]
+    dag = vars(module)["watch_gisp_watched"]
+    assert (dag.dag_id, dag.schedule, dag.catchup, dag.max_active_runs) == ("watch_gisp_watched", "0 3 * * *", False, 1)
+    assert _edges(dag) == {"look_up": set(), "start": {"look_up"}}
+    start = dag.get_task("start")
+    assert (start.trigger_dag_id, start.skip_when_already_exists, start.reset_dag_run) == ("gisp_watched", True, False)
+    assert {task.retries for task in dag.tasks} == {2}
+    _parse(path, tmp_path, GISP_RECIPES=str(tmp_path))
+
+
+def test_the_example_waits_for_a_level_of_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = local_airflow.DAGS_FOLDER.parent / "examples" / "gisp_new_level.py"
+    level = _load(path).LEVEL
+    recipe = Recipe.load(local_airflow.DAGS_FOLDER / "recipes" / "smollm2-135m.yaml")
+    monkeypatch.setenv("GISP_RECIPES", str(local_airflow.DAGS_FOLDER / "recipes" / "smollm2-135m.yaml"))
+    outlets = [asset for task in local_airflow.load_dag(recipe).tasks for asset in task.outlets]
+    assert level in outlets
+    _parse(path, tmp_path)

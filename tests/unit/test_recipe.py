@@ -544,3 +544,72 @@ def test_problems_may_be_weighed_without_being_solved() -> None:
     assert ProblemEvaluation.parse({"limit": 0}).limit == 0
     with pytest.raises(InputError, match="limit=-1"):
         ProblemEvaluation.parse({"limit": -1})
+
+
+# What a model's revision may be, and what can be watched.
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"source": "models:/base/3"}, "named as models:/NAME, without version"),
+        ({"source": "models:/base@prod"}, "give the version as model.revision"),
+        ({"source": "models:/base", "revision": "prod"}, "allowed is the number of a version"),
+        ({"source": "s3://bucket/releases", "revision": "a/b"}, "the name of a release right below the prefix"),
+        ({"source": "s3://bucket/releases", "revision": "../other"}, "it contains '..'"),
+        ({"source": "org/model", "revision": "a/../../b"}, "it contains '..'"),
+        ({"source": "org/model", "revision": ""}, "model.revision="),
+    ],
+)
+def test_a_revision_is_of_the_kind_that_its_source_has(model, expected):
+    assert expected in refusal(model=model)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"source": "org/model"},
+        {"source": "org/model", "revision": "release/2"},
+        {"source": "models:/base model"},
+        {"source": "s3://bucket/releases"},
+    ],
+)
+def test_what_has_new_revisions_can_be_watched(model):
+    assert parse(model=model, airflow={"watch": "@daily"}).airflow.watch == "@daily"
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"source": "/srv/model"}, "the model is a directory, which has no revisions"),
+        ({"source": "org/model", "revision": "0" * 40}, "the model names one commit"),
+        ({"source": "models:/base", "revision": "3"}, "the model names one revision"),
+        ({"source": "s3://bucket/releases", "revision": "v1"}, "the model names one revision"),
+    ],
+)
+def test_what_cannot_change_is_not_watched(model, expected):
+    assert expected in refusal(model=model, airflow={"watch": "@daily"})
+    assert parse(model=model).airflow.watch is None
+
+
+@pytest.mark.parametrize("key", ["watch", "schedule"])
+@pytest.mark.parametrize("times", ["daily", "0 3 * *", "0 0 3 * * *", "61 * * * *", "", "@sometimes"])
+def test_times_are_cron_or_a_preset(key, times):
+    assert f"airflow.{key}: {times!r} says no times" in refusal(airflow={key: times})
+
+
+def test_a_watch_has_times():
+    assert parse(airflow={"schedule": "@continuous"}).airflow.schedule == "@continuous"
+    assert "'@continuous' says no times" in refusal(airflow={"watch": "@continuous"})
+
+
+def test_the_watch_does_not_decide_the_bytes():
+    assert parse(airflow={"watch": "@daily"}).identity() == parse().identity()
+
+
+def test_another_revision_of_the_same_recipe():
+    recipe = parse(model={"source": "models:/base"}, airflow={"watch": "@daily"})
+    assert recipe.with_revision("3").model.revision == "3"
+    assert recipe.with_revision(None) == recipe
+    with pytest.raises(InputError, match="allowed is the number of a version"):
+        recipe.with_revision("prod")
