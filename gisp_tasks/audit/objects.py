@@ -89,7 +89,7 @@ def _check_history(audit: Audit, subject: Subject) -> None:
     for number, entry in enumerate(RunHistory(subject.store).read()):
         audit.objects += 1
         audit.size += len(entry.to_bytes())
-        if number == 0 and entry.previous != subject.digest(Keys.MANIFEST)[0]:
+        if number == 0 and entry.previous != subject.manifest_sha256:
             audit.find(CHECK, Keys.HISTORY, "its first entry was made for another manifest")
 
 

@@ -14,6 +14,7 @@ from gisp_tasks.stores.registry import (
     MlflowRegistry,
     RegisteredVersion,
     alias_name,
+    gate_verdict,
 )
 from gisp_tasks.tasks.register_model import version_tags
 
@@ -67,7 +68,7 @@ def _check_tags(audit: Audit, subject: Subject, level: Json, version: Registered
         RUN_TAG: subject.manifest["run_id"],
         LEVEL_TAG: level["name"],
         DIGEST_TAG: level["model"]["sha256"],
-        GATE_TAG: "passed" if level["gate"]["passed"] else "failed",
+        GATE_TAG: gate_verdict(level["gate"]["passed"]),
     }
     for tag, recorded in expected.items():
         audit.expect(CHECK, where, f"the tag {tag}", found=version.tags.get(tag), recorded=recorded)

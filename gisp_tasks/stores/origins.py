@@ -20,7 +20,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -220,10 +220,7 @@ class Prefix(Origin):
             raise InputError(
                 f"model {address}: no model file lies right below it; give a prefix that has a config.json"
             )
-        remove_others(directory, names)
-        for name in names:
-            store.copy_out(name, directory / name)
-        return directory
+        return copy_files(names, directory, store.copy_out)
 
     @override
     def fetch_config(self, pinned: str | None) -> Path:
@@ -245,12 +242,14 @@ def cache_of(address: str) -> Path:
     return cache / "models" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
-def remove_others(directory: Path, names: Iterable[str]) -> None:
-    """Remove the files in a cached copy that its origin no longer has."""
-    kept = set(names)
+def copy_files(names: Collection[str], directory: Path, copy: Callable[[str, Path], object]) -> Path:
+    """Fill a cached copy: the named files by ``copy(name, path)``, and none that its origin no longer has."""
     for stale in directory.glob("*"):
-        if stale.name not in kept:
+        if stale.name not in names:
             stale.unlink()
+    for name in names:
+        copy(name, directory / name)
+    return directory
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:

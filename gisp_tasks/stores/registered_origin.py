@@ -13,7 +13,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from gisp_tasks.errors import InputError, RetryableError
-from gisp_tasks.stores.origins import Origin, cache_of, is_wanted, remove_others
+from gisp_tasks.stores.origins import Origin, cache_of, copy_files, is_wanted
 from gisp_tasks.stores.registry import MlflowRegistry
 
 _PLACES = ("", "/model")
@@ -95,11 +95,7 @@ class RegisteredModel(Origin):
         # Code comes along; `model_source` decides whether it is wanted.
         versions, address, names = self._find(pinned)
         wanted = [name for name in names if is_wanted(name, with_code=True)]
-        directory = self.held(pinned)
-        remove_others(directory, wanted)
-        for name in wanted:
-            versions.copy_out(f"{address}/{name}", directory / name)
-        return directory
+        return copy_files(wanted, self.held(pinned), lambda name, path: versions.copy_out(f"{address}/{name}", path))
 
     @override
     def fetch_config(self, pinned: str | None) -> Path:

@@ -71,7 +71,7 @@ class LevelVersion:
     @property
     def all_tags(self) -> dict[str, str]:
         """`tags` and those that this module reads again."""
-        gate = "passed" if self.gate_passed else "failed"
+        gate = gate_verdict(self.gate_passed)
         own = {RUN_TAG: self.run_id, LEVEL_TAG: self.level, DIGEST_TAG: self.digest, GATE_TAG: gate}
         return {**self.tags, **own}
 
@@ -104,6 +104,11 @@ class Inventory:
 def alias_name(level: str) -> str:
     """The alias of a level: its name, with ``_`` for the dot that MLflow does not allow (sp37.5 -> sp37_5)."""
     return level.replace(".", "_")
+
+
+def gate_verdict(passed: bool) -> str:
+    """The value of `GATE_TAG`, and what summaries and asset events say."""
+    return "passed" if passed else "failed"
 
 
 def champion_alias(level: str) -> str:

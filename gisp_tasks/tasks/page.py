@@ -7,7 +7,7 @@ from gisp_tasks.pruning.removal_order import RemovalOrder
 from gisp_tasks.pruning.scores import StructureScores
 from gisp_tasks.pruning.structures import Kind
 from gisp_tasks.report import StepObservation, Trajectory, summarise_scores
-from gisp_tasks.tasks.runtime import Json, Run, scratch
+from gisp_tasks.tasks.runtime import Run, scratch
 from gisp_tasks.tasks.score import load_order
 
 
@@ -34,7 +34,7 @@ def _observation(run: Run, step: int, order: RemovalOrder) -> StepObservation:
         chosen = of_step & (order.removals.kinds == kind)
         gone[kind] = np.zeros(values.shape, dtype=np.bool_)
         gone[kind][order.removals.layers[chosen], order.removals.indices[chosen]] = True
-    timing = _timing(run, step)
+    timing = run.timing(step)
     return StepObservation(
         number=step,
         attention=summarise_scores(scores.attention, gone[Kind.ATTENTION]),
@@ -42,9 +42,3 @@ def _observation(run: Run, step: int, order: RemovalOrder) -> StepObservation:
         seconds=timing.get("seconds"),
         peak_bytes=timing.get("peak_bytes"),
     )
-
-
-def _timing(run: Run, step: int) -> Json:
-    """As it was recorded; empty where it was not."""
-    key = Keys.step(step, "timing.json")
-    return run.read_json(key) if run.store.stat(key) else {}

@@ -5,7 +5,7 @@ import logging
 
 from gisp_tasks.pruning.plan import Keys
 from gisp_tasks.refs import ArtifactRef
-from gisp_tasks.stores.registry import LevelVersion
+from gisp_tasks.stores.registry import LevelVersion, gate_verdict
 from gisp_tasks.tasks.runtime import Json, Run
 from gisp_tasks.tasks.tracking import connect
 
@@ -54,7 +54,7 @@ def register_model(recipe: Json, run: Json, level: Json) -> Json:
         "alias": version.alias,
         "digest": record["model"]["sha256"],
         "metrics": record["evaluation"]["metrics"],
-        "gate": "passed" if record["gate"]["passed"] else "failed",
+        "gate": gate_verdict(record["gate"]["passed"]),
     }
 
 

@@ -8,7 +8,7 @@ from gisp_tasks.pruning.plan import DENSE, Keys
 from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.report import Places, render
 from gisp_tasks.stores.manifest import seal
-from gisp_tasks.stores.registry import MANIFEST_TAG, MlflowRegistry
+from gisp_tasks.stores.registry import MANIFEST_TAG, MlflowRegistry, gate_verdict
 from gisp_tasks.tasks.page import trajectory_of
 from gisp_tasks.tasks.promotion import promotion_state
 from gisp_tasks.tasks.record import manifest_content
@@ -36,15 +36,7 @@ def report(recipe: Json, run: Json, trigger: Json, airflow_page: str | None = No
     manifest = json.loads(manifest_bytes)
     summary = _summary(this, manifest)
     connection = connect(this)
-    places = Places(airflow_run=airflow_page)
-    if connection and this.recipe.publish.mlflow:
-        registry, mlflow_run = connection
-        places = Places(
-            airflow_run=airflow_page,
-            tracking_uri=this.recipe.publish.mlflow.tracking_uri,
-            experiment_id=registry.experiment_of(mlflow_run),
-            mlflow_run=mlflow_run,
-        )
+    places = Places(airflow_run=airflow_page, **_in_mlflow(this, connection))
     page = render(summary, manifest=manifest, trajectory=trajectory_of(this), places=places)
     if this.store.stat(Keys.REPORT) is None:
         this.store.put_bytes(Keys.REPORT, page.encode())
@@ -60,6 +52,16 @@ def report(recipe: Json, run: Json, trigger: Json, airflow_page: str | None = No
         registry.close_run(mlflow_run, "FINISHED")
     logger.info("Manifest %s, report at %s/%s", manifest["sha256"], this.store.uri, Keys.REPORT)
     return ref.to_dict()
+
+
+def _in_mlflow(run: Run, connection: tuple[MlflowRegistry, str] | None) -> dict[str, str]:
+    """Where MLflow shows the run, as `Places` takes it; empty when the recipe names no server."""
+    mlflow = run.recipe.publish.mlflow
+    if connection is None or mlflow is None:
+        return {}
+    registry, mlflow_run = connection
+    experiment = registry.experiment_of(mlflow_run)
+    return {"tracking_uri": mlflow.tracking_uri, "experiment_id": experiment, "mlflow_run": mlflow_run}
 
 
 def summarise(recipe: Json, manifest: Json) -> Json:
@@ -80,7 +82,7 @@ def _summary(run: Run, manifest: Json) -> Json:
     for level in manifest["levels"]:
         version = versions.get(level["name"], _UNREGISTERED)
         dense = level["name"] == DENSE
-        gate = None if dense else "passed" if level["gate"]["passed"] else "failed"
+        gate = None if dense else gate_verdict(level["gate"]["passed"])
         levels.append(
             {
                 "name": level["name"],
@@ -94,13 +96,12 @@ def _summary(run: Run, manifest: Json) -> Json:
                 "promotion": version["promotion"],
             }
         )
-    seconds = [_seconds(run, step["number"]) for step in manifest["steps"]]
     return {
         "run_id": run.run_id,
         "store": run.store.uri,
         "manifest_sha256": manifest["sha256"],
         "levels": levels,
-        "step_seconds": seconds,
+        "step_seconds": [run.timing(step["number"]).get("seconds") for step in manifest["steps"]],
     }
 
 
@@ -121,8 +122,3 @@ def _registered(run: Run) -> dict[str, dict[str, Any]]:
         for version in registry.versions(mlflow.model_name)
         if version.tags.get("gisp.run_id") == run.run_id
     }
-
-
-def _seconds(run: Run, step: int) -> float | None:
-    ref = run.store.stat(Keys.step(step, "timing.json"))
-    return json.loads(run.store.read(ref))["seconds"] if ref else None

@@ -135,6 +135,11 @@ class Run:
         document: Json = json.loads(self.store.read(ref))
         return document
 
+    def timing(self, step: int) -> Json:
+        """What a step took, as it was recorded; empty where it was not."""
+        ref = self.store.stat(Keys.step(step, "timing.json"))
+        return json.loads(self.store.read(ref)) if ref else {}
+
     def _missing(self, key: str) -> IntegrityError:
         return IntegrityError(f"{self.store.uri}/{key} is not there; an earlier task of this run published it")
 

@@ -4,12 +4,14 @@ import contextlib
 import shutil
 import time
 import uuid
+from functools import partial
 
 import boto3
 import pytest
 from fake_hub import fake_hub
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from s3_models import upload_model, upload_release
 
 from gisp_tasks.errors import InputError, IntegrityError, RetryableError
 from gisp_tasks.recipe import ModelSection
@@ -27,12 +29,10 @@ def model(testdata, tmp_path, monkeypatch):
 
 @pytest.fixture
 def uploaded(model, s3, request):
-    """The model as others would put it into a bucket: plain objects, no digests."""
-    client = boto3.client("s3")
+    """The model below a prefix."""
     prefix = f"base/{request.node.name}"
-    for path in sorted(model.iterdir()):
-        client.upload_file(str(path), s3.bucket, f"{prefix}/{path.name}")
-    return client, s3.bucket, prefix
+    upload_model(model, s3.bucket, prefix)
+    return boto3.client("s3"), s3.bucket, prefix
 
 
 def test_a_prefix_is_resolved_and_found_again(uploaded, model):
@@ -99,17 +99,7 @@ def test_a_directory_has_no_revision(model):
 @pytest.fixture
 def publish(model, s3, request):
     """Upload the model as a release below a prefix, marked complete or not; returns the prefix."""
-    client = boto3.client("s3")
-    prefix = f"base/{request.node.name}"
-
-    def upload(release, *, complete=True):
-        for path in sorted(model.iterdir()):
-            client.upload_file(str(path), s3.bucket, f"{prefix}/{release}/{path.name}")
-        if complete:
-            client.put_object(Bucket=s3.bucket, Key=f"{prefix}/{release}/manifest.json", Body=b"{}")
-        return f"s3://{s3.bucket}/{prefix}"
-
-    return upload
+    return partial(upload_release, model, f"s3://{s3.bucket}/base/{request.node.name}")
 
 
 def test_the_newest_release_is_the_one_completed_last(publish, model):

@@ -20,6 +20,8 @@ _BUNDLES = [
     {"name": name, "classpath": "airflow.dag_processing.bundles.local.LocalDagBundle", "kwargs": kwargs}
     for name, kwargs in (("dags-folder", {}), ("examples", {"path": str(EXAMPLES)}))
 ]
+WITH_EXAMPLES = {"AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST": json.dumps(_BUNDLES)}
+"""Setting with which Airflow has the examples' DAGs beside those of its folder."""
 
 
 class Airflow:
@@ -70,7 +72,7 @@ def airflow_process(home: Path, environment: Mapping[str, str]) -> Iterator[Airf
     recipes.mkdir(parents=True)
     settings = {
         "GISP_AIRFLOW_HOME": str(home),
-        "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST": json.dumps(_BUNDLES),
+        **WITH_EXAMPLES,
         "OMP_NUM_THREADS": "1",
         **environment,
     }

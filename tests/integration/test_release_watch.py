@@ -4,19 +4,19 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import yaml
 from airflow_api import Api
-from airflow_process import EXAMPLES, Airflow, airflow_process
+from airflow_process import WITH_EXAMPLES, Airflow, airflow_process
 from fake_hub import FakeHub, fake_hub
+from s3_models import upload_release
 
 from gisp_tasks.demo.services import Service, start_airflow
 from gisp_tasks.errors import InputError
-from gisp_tasks.local_airflow import DAGS_FOLDER
 from gisp_tasks.pruning.plan import Keys
 from gisp_tasks.stores.artifacts import open_store
 from gisp_tasks.tasks.resolve_model import resolve_model
@@ -159,17 +159,8 @@ def test_missed_intervals_start_nothing_twice(airflow: Airflow, hub: FakeHub, wr
 @pytest.fixture
 def releases(s3: Any, request: pytest.FixtureRequest, testdata: Path) -> Callable[..., str]:
     """Upload a release of stories260K below a prefix; returns the prefix."""
-    prefix = f"releases/{re.sub(r'[^a-z_]', '-', request.node.name)}"
-
-    def upload(release: str, *, complete: bool = True) -> str:
-        client = boto3.client("s3")
-        for path in sorted((testdata / "models/stories260K").iterdir()):
-            client.upload_file(str(path), s3.bucket, f"{prefix}/{release}/{path.name}")
-        if complete:
-            client.put_object(Bucket=s3.bucket, Key=f"{prefix}/{release}/manifest.json", Body=b"{}")
-        return f"s3://{s3.bucket}/{prefix}"
-
-    return upload
+    address = f"s3://{s3.bucket}/releases/{re.sub(r'[^a-z_]', '-', request.node.name)}"
+    return partial(upload_release, testdata / "models/stories260K", address)
 
 
 def test_a_release_counts_when_its_manifest_is_there(
@@ -262,10 +253,6 @@ def test_the_scheduler_watches_backfills_and_hands_levels_on(
 ) -> None:
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    bundles = [
-        {"name": name, "classpath": "airflow.dag_processing.bundles.local.LocalDagBundle", "kwargs": {"path": path}}
-        for name, path in (("dags-folder", str(DAGS_FOLDER)), ("examples", str(EXAMPLES)))
-    ]
     recipe = {
         "name": "smollm2-135m",
         "model": {"source": "org/model", "dtype": "float32"},
@@ -286,7 +273,7 @@ def test_the_scheduler_watches_backfills_and_hands_levels_on(
             **s3_server.environment,
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf"),
-            "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST": json.dumps(bundles),
+            **WITH_EXAMPLES,
         }
         with start_airflow(tmp_path / "airflow", recipes=recipes, environment=environment) as airflow:
             api = Api(airflow.url)
