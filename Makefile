@@ -4,10 +4,12 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 PRODUCTION_VENV := .venv-production
-.PHONY: help setup demo demo-pages test test-slow test-production benchmark lint lock clean lint-docker images-lock
+LLAMA_CPP_VENV := .venv-llama-cpp
+VLLM_VENV := .venv-vllm
+.PHONY: help setup demo demo-pages test test-slow test-production test-llama-cpp test-vllm benchmark lint lock clean lint-docker images-lock
 
 help:  ## the targets and what they do
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: $(VENV)/installed  ## create .venv from requirements.lock (again when the lock changes)
 
@@ -49,6 +51,30 @@ test-production: $(PRODUCTION_VENV)/installed  ## an hour: Celery, PostgreSQL, R
 	  { echo "PostgreSQL and Redis are needed: apt-get install postgresql redis-server" >&2; exit 1; }
 	$(PRODUCTION_VENV)/bin/python -m pytest tests/production --fault-repeats $(or $(FAULT_REPEATS),1)
 
+# Built for this machine's processor, the library alone; its four dependencies are in the lock but for diskcache.
+$(LLAMA_CPP_VENV)/installed: requirements.lock pyproject.toml
+	test -x $(LLAMA_CPP_VENV)/bin/python || $(PYTHON) -m venv $(LLAMA_CPP_VENV)
+	$(LLAMA_CPP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(LLAMA_CPP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@echo 'building llama-cpp-python from its source package: some minutes of a C++ compiler'
+	began=$$(date +%s); CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF \
+	  -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TOOLS=OFF" \
+	  $(LLAMA_CPP_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps \
+	  --no-binary llama-cpp-python llama-cpp-python==0.3.36 diskcache==5.6.3 && echo "built in $$(($$(date +%s) - began)) s"
+	@touch $@
+
+test-llama-cpp: $(LLAMA_CPP_VENV)/installed  ## minutes, the first time a build: levels in llama.cpp against torch
+	$(LLAMA_CPP_VENV)/bin/python -m pytest tests/oracle/test_llama_cpp.py --timeout 1200 -rP
+
+$(VLLM_VENV)/installed: tests/vllm/requirements.lock pyproject.toml
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm/requirements.lock
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-vllm: setup $(VLLM_VENV)/installed  ## minutes: a level in vLLM on the CPU, with remote code and without
+	$(BIN)/python -m pytest tests/vllm
+
 benchmark: setup  ## minutes: cost of scoring beside the reference's, and memory of materialize
 	$(BIN)/python tests/benchmarks/scoring.py
 	$(BIN)/python tests/benchmarks/materialize.py
@@ -68,4 +94,4 @@ lint-docker: .venv-lint/installed  ## Dockerfiles, scripts, compose file, Helm v
 	@touch $@
 
 clean:  ## remove the environment and the demo
-	rm -rf $(VENV) .venv-lint demo
+	rm -rf $(VENV) $(PRODUCTION_VENV) $(LLAMA_CPP_VENV) $(VLLM_VENV) .venv-lint demo

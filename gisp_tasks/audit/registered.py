@@ -14,8 +14,11 @@ from gisp_tasks.stores.registry import (
     MlflowRegistry,
     RegisteredVersion,
     alias_name,
+    champion_alias,
     gate_verdict,
 )
+from gisp_tasks.tasks.champions import unexplained
+from gisp_tasks.tasks.promotion import tagged_entries
 from gisp_tasks.tasks.register_model import version_tags
 
 CHECK = "registry"
@@ -49,6 +52,7 @@ def _check_versions(audit: Audit, subject: Subject, registry: MlflowRegistry, mo
     for level in subject.level_records:
         where = f"{model_name}, {level['name']}"
         own = [v for v in versions if v.tags.get(RUN_TAG) == run_id and v.tags.get(LEVEL_TAG) == level["name"]]
+        _check_champion(audit, model_name, level["name"], versions, aliases)
         source = f"{subject.store.uri}/levels/{level['name']}"
         found = next((version for version in own if version.source == source), None)
         if found is None:
@@ -98,6 +102,17 @@ def _check_alias(audit: Audit, level: Json, own: RegisteredVersion, holder: Regi
             f"it points to version {holder.version} ({_described(holder.tags)}), and not to version {own.version} of "
             f"this level",
         )
+
+
+def _check_champion(
+    audit: Audit, model_name: str, level: str, versions: list[RegisteredVersion], aliases: Mapping[str, int]
+) -> None:
+    """The champion of the level, of whichever run, is what was decided last."""
+    alias = champion_alias(level)
+    decisions = [facts for version in versions for facts in tagged_entries(version).values() if facts["alias"] == alias]
+    held = {name: number for name, number in aliases.items() if name == alias}
+    for problem in unexplained(held, decisions):
+        audit.find(CHECK, f"{model_name}@{alias}", problem)
 
 
 def _took_over(holder: RegisteredVersion, own: RegisteredVersion, level: Json) -> bool:

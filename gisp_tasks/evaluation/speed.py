@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,28 +15,63 @@ _SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
-    """One model.
+class Rates:
+    """How fast one model is.
 
     Args:
         prefill_tokens_per_s: prompt tokens of the batch over the seconds until the first new token, median.
         decode_tokens_per_s: new tokens of the batch over the seconds that they took, median.
         prefill_seconds: of each repetition, in turn with those of the other models.
         decode_seconds: the same.
-        weight_bytes: of the parameters in memory, tied ones once.
-        kv_cache_bytes_per_token: of one sequence's cache.
     """
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     prefill_seconds: tuple[float, ...]
     decode_seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed(Rates):
+    """One model in torch.
+
+    Args:
+        weight_bytes: of the parameters in memory, tied ones once.
+        kv_cache_bytes_per_token: of one sequence's cache.
+    """
+
     weight_bytes: int
     kv_cache_bytes_per_token: int
 
 
+def in_turn(
+    readers: Mapping[str, Callable[[], tuple[float, float]]], section: SpeedEvaluation, *, batch_size: int
+) -> dict[str, Rates]:
+    """Let models read and decode in turn, so that whatever else the machine does meets all of them alike.
+
+    Args:
+        readers: name -> reads the prompts and decodes after them once; returns the seconds of both.
+        section: sizes and repetitions.
+        batch_size: prompts that a reader reads at once.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
+    for _ in range(section.repetitions):
+        for name, read in readers.items():
+            seconds[name].append(read())
+    found = {}
+    for name, pairs in seconds.items():
+        prefill, decode = zip(*pairs, strict=True)
+        found[name] = Rates(
+            prefill_tokens_per_s=batch_size * section.prompt_tokens / statistics.median(prefill),
+            decode_tokens_per_s=batch_size * section.new_tokens / statistics.median(decode),
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+        )
+    return found
+
+
 def measure_speed(models: Mapping[str, Any], section: SpeedEvaluation) -> dict[str, Speed]:
-    """Measure models in turn, so that whatever else the machine does meets all of them alike.
+    """Measure models of transformers in turn.
 
     Every model first runs once without being timed. Prompts are random tokens: speed does not depend on them.
 
@@ -54,12 +90,20 @@ def measure_speed(models: Mapping[str, Any], section: SpeedEvaluation) -> dict[s
     shape = (section.batch_size, section.prompt_tokens)
     prompt = torch.randint(vocabulary, shape, generator=generator).to(device)
     caches = {name: _once(model, prompt, 1)[2] for name, model in models.items()}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for _ in range(section.repetitions):
-        for name, model in models.items():
-            prefill, decode, _ = _once(model, prompt, section.new_tokens)
-            seconds[name].append((prefill, decode))
-    return {name: _speed(model, seconds[name], caches[name], section) for name, model in models.items()}
+    readers = {name: partial(_seconds, model, prompt, section.new_tokens) for name, model in models.items()}
+    return {
+        name: Speed(
+            **vars(rates),
+            weight_bytes=sum(parameter.nbytes for parameter in models[name].parameters()),
+            kv_cache_bytes_per_token=caches[name],
+        )
+        for name, rates in in_turn(readers, section, batch_size=section.batch_size).items()
+    }
+
+
+def _seconds(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    prefill, decode, _ = _once(model, prompt, new_tokens)
+    return prefill, decode
 
 
 def _once(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float, int]:
@@ -90,15 +134,3 @@ def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _speed(model: Any, seconds: list[tuple[float, float]], cache: int, section: SpeedEvaluation) -> Speed:
-    prefill, decode = zip(*seconds, strict=True)
-    return Speed(
-        prefill_tokens_per_s=section.batch_size * section.prompt_tokens / statistics.median(prefill),
-        decode_tokens_per_s=section.batch_size * section.new_tokens / statistics.median(decode),
-        prefill_seconds=prefill,
-        decode_seconds=decode,
-        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        kv_cache_bytes_per_token=cache,
-    )

@@ -38,6 +38,15 @@ class Checkpoint:
         """Of all tensors, sorted."""
         return sorted(self._path_of)
 
+    def parameters(self, *, tied: bool) -> list[str]:
+        """Of the tensors that a model is made of.
+
+        Left out are a copy of the embeddings, which a model with ``tied`` ones may carry, and the table of rotary
+        frequencies of old checkpoints, which transformers computes.
+        """
+        copies = {"lm_head.weight"} if tied else set()
+        return [name for name in self.names() if name not in copies and not name.endswith("rotary_emb.inv_freq")]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, nothing read."""
         return self._shapes[name]

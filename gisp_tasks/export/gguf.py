@@ -4,7 +4,8 @@ llama.cpp's architecture ``llama`` takes one size for all layers; ``deci`` has t
 widths as arrays. It has no query/key norms, so Qwen3 cannot be written (EXPORT.md). Rows of q and k are permuted to
 llama.cpp's order of rotary pairs, within each head.
 
-The source is an exported Hugging Face directory, so what was proven there is what is written here, tensor by tensor.
+The source is an exported Hugging Face directory, so what was proven there is what is written here, tensor by tensor. A
+model that was not pruned is written the same way, to compare with.
 """
 
 import json
@@ -24,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gisp_tasks.errors import InputError, NumericsError
 from gisp_tasks.export.checkpoint import Checkpoint
 from gisp_tasks.export.gguf_tokenizer import Vocabulary, read_vocabulary
+from gisp_tasks.pruning.families import geometry_of
 
 FAMILIES = ("llama", "mistral", "qwen2")
 _ARCHITECTURE = gguf.MODEL_ARCH.DECI
@@ -68,11 +70,12 @@ def require_supported(config: Mapping[str, Any], directory: Path) -> None:
     Raises:
         InputError: the architecture, its rotary scaling, sliding window or tokenizer cannot be written.
     """
-    _require_graph(config)
+    require_graph(config)
     read_vocabulary(directory, size=int(config["vocab_size"]))
 
 
-def _require_graph(config: Mapping[str, Any]) -> None:
+def require_graph(config: Mapping[str, Any]) -> None:
+    """`require_supported` by the configuration alone, whatever the tokenizer."""
     family = _family(config)
     if family not in FAMILIES:
         reason = "its query/key norms" if family == "qwen3" else "it"
@@ -98,7 +101,7 @@ def write_gguf(checkpoint: Path, out: Path, *, dtype: str, name: str) -> None:
     """Write a level as GGUF; memory is that of its largest tensor.
 
     Args:
-        checkpoint: the level's Hugging Face directory.
+        checkpoint: Hugging Face directory of a level, or of a model that was not pruned.
         out: the file.
         dtype: of matrices: float32, float16, bfloat16 or q8_0 (float16 where rows are no multiple of 32). Norms and
             biases are float32, as llama.cpp wants them.
@@ -107,8 +110,8 @@ def write_gguf(checkpoint: Path, out: Path, *, dtype: str, name: str) -> None:
     Raises:
         InputError: as in `require_supported`.
     """
-    config = json.loads((checkpoint / "config.json").read_text())
-    _require_graph(config)
+    config = _read_config(checkpoint)
+    require_graph(config)
     vocabulary = read_vocabulary(checkpoint, size=int(config["vocab_size"]))
     source = Checkpoint(checkpoint)
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
@@ -137,7 +140,7 @@ def verify_gguf(checkpoint: Path, file: Path, *, dtype: str) -> GgufProof:
     Raises:
         NumericsError: a tensor is missing, or differs by more than its type rounds.
     """
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = _read_config(checkpoint)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     source, largest, halved = Checkpoint(checkpoint), 0.0, 0
     plans = {plan.name: plan for plan in _planned(source, config, dtype)}
@@ -193,10 +196,25 @@ def permuted(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
 
 
+def _read_config(checkpoint: Path) -> dict[str, Any]:
+    """A level's config.json; of another model, with what a level's says of each layer."""
+    config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
+    if "per_layer_config" in config:
+        return config
+    geometry = geometry_of(config)
+    layer = {
+        "num_attention_heads": geometry.num_query_heads,
+        "num_key_value_heads": geometry.num_kv_groups,
+        "intermediate_size": geometry.intermediate_size,
+    }
+    per_layer = {str(number): layer for number in range(geometry.num_layers)}
+    return {**config, "head_dim": geometry.head_dim, "per_layer_config": per_layer}
+
+
 def _planned(source: Checkpoint, config: Mapping[str, Any], dtype: str) -> Iterator[_Plan]:
     names = gguf.get_tensor_name_map(_ARCHITECTURE, int(config["num_hidden_layers"]))
     per_layer = config["per_layer_config"]
-    for original in source.names():
+    for original in source.parameters(tied=bool(config.get("tie_word_embeddings"))):
         name = names.get_name(original, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"{original} has no name in GGUF"
         heads = 0

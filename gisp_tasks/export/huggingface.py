@@ -119,11 +119,7 @@ def _planned_tensors(
     missing = [name for name in cuts if name not in source.names() and name.endswith("weight")]
     if missing:
         raise InputError(f"the model lacks the tensor {missing[0]}; its files do not match its config.json")
-    for name in source.names():
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
-            continue  # tied models may carry a copy of the embeddings
-        if name.endswith("rotary_emb.inv_freq"):
-            continue  # a table that old checkpoints carry, no parameter; transformers computes it
+    for name in source.parameters(tied=bool(config.get("tie_word_embeddings"))):
         shape = source.shape(name)
         if name not in cuts:
             yield TensorPlan(name, shape, lambda name=name: source.tensor(name))  # type: ignore[misc]

@@ -93,7 +93,7 @@ def history(registry: MlflowRegistry, model_name: str) -> Json:
         found, wrong = _events(Promotable(registry, version))
         events += found
         problems += wrong
-    problems += _unexplained(champions, events)
+    problems += unexplained(champions, events)
     return {
         "model_name": model_name,
         "champions": champions,
@@ -110,6 +110,23 @@ def history(registry: MlflowRegistry, model_name: str) -> Json:
         "events": sorted(events, key=lambda event: (event["at"], event["number"]), reverse=True),
         "problems": list(dict.fromkeys(problems)),
     }
+
+
+def unexplained(champions: Mapping[str, int], decisions: Sequence[Json]) -> Iterator[str]:
+    """Champions that are not what was decided last.
+
+    Args:
+        champions: alias -> version, as the registry has them.
+        decisions: facts of entries, each with when it was applied.
+    """
+    moves = [facts for facts in decisions if facts["action"] in ("promoted", "rolled_back") and facts["applied_at"]]
+    decided = {facts["alias"]: facts["version"] for facts in sorted(moves, key=lambda facts: facts["applied_at"])}
+    for alias in sorted(champions.keys() | decided.keys()):
+        found, expected = champions.get(alias), decided.get(alias)
+        if found is None:
+            yield f"{alias} is gone, and version {expected} was made champion last: it was removed by other means"
+        elif found != expected:
+            yield f"{alias} points to version {found}, and no entry says so: it was moved by other means"
 
 
 def levels_of(registry: MlflowRegistry, model_name: str) -> list[RegisteredVersion]:
@@ -201,12 +218,3 @@ def _events(promotable: Promotable) -> tuple[list[Json], list[str]]:
 def _event(version: RegisteredVersion, facts: Json) -> Json:
     shown = ("number", "at", "action", "level", "alias", "version", "from_version", "by", "via", "reason", "approvers")
     return {**{name: facts[name] for name in (*shown, "applied_at", "sha256")}, "run_id": version.tags[RUN_TAG]}
-
-
-def _unexplained(champions: Mapping[str, int], events: Sequence[Json]) -> Iterator[str]:
-    """Champions that no entry explains."""
-    moves = [event for event in events if event["action"] in ("promoted", "rolled_back") and event["applied_at"]]
-    for alias, number in champions.items():
-        last = max((e for e in moves if e["alias"] == alias), key=lambda event: event["applied_at"], default=None)
-        if last is None or last["version"] != number:
-            yield f"{alias} points to version {number}, and no entry says so: it was moved by other means"

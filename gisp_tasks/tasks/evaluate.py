@@ -6,7 +6,8 @@ from gisp_tasks.pruning.plan import DENSE, Keys
 from gisp_tasks.recipe import SpeedEvaluation
 from gisp_tasks.refs import ArtifactRef
 from gisp_tasks.stores import model_source
-from gisp_tasks.tasks.measure import measure, measure_speed
+from gisp_tasks.tasks.measure import measure
+from gisp_tasks.tasks.measure_speed import measure_speed
 from gisp_tasks.tasks.runtime import Json, Run, make_torch_deterministic, scratch
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,10 @@ def evaluate(recipe: Json, run: Json, level: str, evaluation: str, model: Json |
         dtype = this.recipe.model.dtype
         if isinstance(section, SpeedEvaluation):
             dense = None if model is None else model_source.locate(this.model)
-            result = measure_speed(checkpoint, section, dense=dense, dtype=dtype, trust_remote_code=remote_code)
+            gguf = None if this.recipe.export.gguf == "none" else this.recipe.export.gguf
+            result = measure_speed(
+                checkpoint, section, dense=dense, dtype=dtype, gguf=gguf, trust_remote_code=remote_code
+            )
         else:
             result = measure(checkpoint, evaluation, section, dtype=dtype, trust_remote_code=remote_code)
     for name, value in result["metrics"].items():

@@ -13,7 +13,6 @@ from gisp_tasks.recipe import ChoiceEvaluation, ProblemEvaluation, Recipe, Speed
 from gisp_tasks.tasks.runtime import Json
 
 Section = TextEvaluation | ProblemEvaluation | ChoiceEvaluation
-_THIS, _DENSE = "this", "dense"
 
 # Evaluation -> (data set, split that is measured).
 _DATASETS = {
@@ -73,62 +72,12 @@ def measure_model(model: Any, tokenizer: Any, evaluation: str, section: Section)
         result = _problems(model, tokenizer, found, evaluation, section)
     else:
         result = _choices(model, tokenizer, found, section)
-    protocol = {name: {**_placed(model), **part} for name, part in result["protocol"].items()}
+    protocol = {name: {**placed(model), **part} for name, part in result["protocol"].items()}
     return {"metrics": result["metrics"], "protocol": protocol}
 
 
-def measure_speed(
-    checkpoint: Path, section: SpeedEvaluation, *, dense: Path | None, dtype: str, trust_remote_code: bool = False
-) -> Json:
-    """Metrics and protocol of a checkpoint's speed.
-
-    Args:
-        checkpoint: a Hugging Face directory.
-        section: the recipe's ``evaluation.speed``.
-        dense: the directory of a model to compare it with, measured in turn with it.
-        dtype: type to hold the weights in.
-        trust_remote_code: run code that the checkpoints carry.
-
-    Returns:
-        As `measure`; the dense model's own figures stand in the protocol.
-
-    Raises:
-        InputError: more tokens are asked for than the model's context.
-    """
-    import torch
-
-    from gisp_tasks.evaluation import speed
-    from gisp_tasks.export.reload import load_model
-
-    directories = {_THIS: checkpoint, **({_DENSE: dense} if dense else {})}
-    models = {
-        name: load_model(directory, dtype=dtype, trust_remote_code=trust_remote_code)
-        for name, directory in directories.items()
-    }
-    measured = speed.measure_speed(models, section)
-    this = measured[_THIS]
-    metrics = {
-        "speed_prefill_tokens_per_s": this.prefill_tokens_per_s,
-        "speed_decode_tokens_per_s": this.decode_tokens_per_s,
-        "speed_weight_bytes": float(this.weight_bytes),
-        "speed_kv_cache_bytes_per_token": float(this.kv_cache_bytes_per_token),
-    }
-    if base := measured.get(_DENSE):
-        metrics["speed_prefill_over_dense"] = this.prefill_tokens_per_s / base.prefill_tokens_per_s
-        metrics["speed_decode_over_dense"] = this.decode_tokens_per_s / base.decode_tokens_per_s
-    model = models[_THIS]
-    facts = {
-        **section.model_dump(),
-        **_placed(model),
-        "runtime": f"torch {torch.__version__}",
-        "attention": model.config._attn_implementation,
-        "threads": torch.get_num_threads(),
-        "measured": {name: asdict(found) for name, found in measured.items()},
-    }
-    return {"metrics": metrics, "protocol": dict.fromkeys(metrics, facts)}
-
-
-def _placed(model: Any) -> Json:
+def placed(model: Any) -> Json:
+    """What a protocol says of a model in memory."""
     return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
 
 

@@ -229,6 +229,12 @@ def rewrite(path: Path, **changes: Any) -> None:
     path.write_bytes((json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def _client(level: Promotable) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(level.registry._uri, level.registry._uri)
+
+
 @pytest.mark.parametrize(
     ("tamper", "expected"),
     [
@@ -242,8 +248,12 @@ def rewrite(path: Path, **changes: Any) -> None:
             lambda level: level.registry.set_alias(level.version.name, ALIAS, 1),
             "champion-sp37_5 points to version 1, and no entry says so",
         ),
+        (
+            lambda level: _client(level).delete_registered_model_alias(level.version.name, ALIAS),
+            "champion-sp37_5 is gone, and version 2 was made champion last",
+        ),
     ],
-    ids=["first", "last", "gap", "cut off", "emptied", "reformatted", "alias"],
+    ids=["first", "last", "gap", "cut off", "emptied", "reformatted", "alias", "no alias"],
 )
 def test_tampering_shows(register: Register, tamper: Callable[[Promotable], object], expected: str) -> None:
     register()

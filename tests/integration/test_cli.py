@@ -23,7 +23,7 @@ SURFACE = {
         *("--compensate", "--dtype", "--format", "--gguf-type", "--model", "--order", "--out", "--sparsity"),
         "--width-multiple",
     ],
-    "evaluate": ["--dense", "--dtype", "--json", "--set", "--task", "--trust-remote-code", "checkpoint"],
+    "evaluate": ["--dense", "--dtype", "--gguf-type", "--json", "--set", "--task", "--trust-remote-code", "checkpoint"],
     "verify": ["--json", "--public-key", "--registry", "--replay", "--tracking-uri", "run"],
     "history": ["--json", "--tracking-uri", "model"],
     "approve": ["--by", "--json", "--reason", "--tracking-uri", "model", "version"],
@@ -120,6 +120,12 @@ def test_plan(gisp: Any, finished: Finished) -> None:
     assert plan["scoring_flops"] == pytest.approx(6 * 16 * 64 * (4 * DENSE - DECODER * (0.1 + 0.2 + 0.3)))
     logits, activations = 4 * 2048 * 512, 4 * 2048 * 5 * (6 * 64 + 4 * 172)
     assert plan["scoring_bytes"] == 4 * DENSE + 4 * DECODER + logits + activations
+
+
+def test_plan_names_the_files_for_llama_cpp(gisp: Any, finished: Finished) -> None:
+    shown = gisp.call("plan", str(finished.recipe), "--set", "export.gguf=q8_0").stdout
+    assert "for llama.cpp, q8_0: levels/sp20/sp20.gguf, levels/sp40/sp40.gguf" in shown
+    assert "llama.cpp" not in gisp.call("plan", str(finished.recipe), "--set", "export.gguf=none").stdout
 
 
 def test_run_summary(finished: Finished) -> None:
@@ -275,6 +281,8 @@ def test_speed_of_any_two_checkpoints(gisp: Any, finished: Finished) -> None:
     assert metrics["speed_weight_bytes"] == 4 * finished.summary["levels"][2]["parameters"]
     refused = gisp.call("evaluate", str(level), "--task", "embedded_text", "--dense", str(finished.model), status=2)
     assert "only `--task speed` reads it" in refused.stderr
+    refused = gisp.call("evaluate", str(level), "--task", "embedded_text", "--gguf-type", "q8_0", status=2)
+    assert "--gguf-type q8_0 was given, and only `--task speed` reads it" in refused.stderr
     refused = gisp.call("evaluate", str(level), "--task", "speed", "--set", "speed.prompt_tokens=512", status=2)
     assert "context is 512" in refused.stderr
 

@@ -473,6 +473,13 @@ def test_a_repointed_alias(signed: Signed, registry: str) -> None:
     assert f"points to version {_number(registry, 'sp40')} " in finding.message
 
 
+def test_a_champion_that_nobody_decided_on(signed: Signed, registry: str) -> None:
+    _client(registry).set_registered_model_alias("audited-gisp", "champion-sp20", str(_number(registry, "sp20")))
+    (finding,) = _registry_findings(signed, registry)
+    assert finding.where == "audited-gisp@champion-sp20"
+    assert "moved by other means" in finding.message
+
+
 def test_a_removed_alias(signed: Signed, registry: str) -> None:
     _client(registry).delete_registered_model_alias("audited-gisp", "sp40")
     (finding,) = _registry_findings(signed, registry)

@@ -160,6 +160,20 @@ def model(request: pytest.FixtureRequest, tiny_models: dict[str, Model]) -> Mode
     return request.getfixturevalue("stories")
 
 
+@pytest.fixture(params=["stories260K", *TINY, pytest.param("smollm2", marks=pytest.mark.slow)])
+def every_model(request: pytest.FixtureRequest, tiny_models: dict[str, Model]) -> Model:
+    """As `model`, and a real one."""
+    if request.param in tiny_models:
+        return tiny_models[request.param]
+    return request.getfixturevalue({"stories260K": "stories", "smollm2": "smollm2_model"}[request.param])
+
+
+@pytest.fixture(scope="session")
+def smollm2_model(smollm2: Path) -> Model:
+    """SmolLM2-135M-Instruct."""
+    return Model(smollm2, json.loads((smollm2 / "config.json").read_text()))
+
+
 @pytest.fixture
 def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the norms of a float64 model compute in float64: as shipped, they round to float32 on the way."""

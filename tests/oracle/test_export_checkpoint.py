@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from subnetworks import greedy, logits, masked
 from transformers import AutoModel
 
 from gisp_tasks.export import huggingface
@@ -23,7 +24,6 @@ from gisp_tasks.pruning.families import geometry_of
 from gisp_tasks.pruning.structures import KeepSets
 from gisp_tasks.pruning.surgery import mask_model, slice_model
 
-TOLERANCE = 2e-4
 Kept = list[tuple[list[int], list[int]]]
 
 
@@ -39,6 +39,11 @@ class Level:
     @property
     def config(self) -> dict[str, Any]:
         return json.loads((self.path / "config.json").read_text())
+
+    @property
+    def keep(self) -> KeepSets:
+        """What is kept, as the product says it."""
+        return _keep_sets(self.base.config, self.kept)
 
     @property
     def class_name(self) -> str:
@@ -75,18 +80,6 @@ def _keep_sets(config: dict[str, Any], kept: Kept) -> KeepSets:
 def _write(model, kept: Kept, out: Path, dtype: str = "float32") -> int:
     geometry = geometry_of(model.config)
     return write_checkpoint(model.path, out, geometry=geometry, keep=_keep_sets(model.config, kept), dtype=dtype)
-
-
-def _masked(level: Level) -> torch.nn.Module:
-    """The stock dense model with the o and down columns of what went set to zero, by hand."""
-    model, config = level.base.load(), level.base.config
-    columns = config["num_attention_heads"] // config["num_key_value_heads"] * config["head_dim"]
-    with torch.no_grad():
-        for layer, (groups, channels) in zip(model.model.layers, level.kept, strict=True):
-            for group in set(range(config["num_key_value_heads"])) - set(groups):
-                layer.self_attn.o_proj.weight[:, group * columns : (group + 1) * columns] = 0
-            layer.mlp.down_proj.weight[:, sorted(set(range(config["intermediate_size"])) - set(channels))] = 0
-    return model
 
 
 def _expected_tensors(level: Level) -> dict[str, torch.Tensor]:
@@ -130,68 +123,7 @@ def _ids(level: Level, length: int = 20, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, level.base.config["vocab_size"], (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _greedy(
-    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any
-) -> list[list[int]]:
-    mask = torch.ones_like(ids) if mask is None else mask
-    with torch.inference_mode():
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
-    return out[:, ids.shape[1] :].tolist()
-
-
-def _logits(model: torch.nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(input_ids=ids, **options).logits
-
-
-# ---- the same function ----
-
-
-def test_logits_and_greedy_tokens_equal_the_masked_model(level: Level):
-    sliced, masked, ids = level.load(), _masked(level), _ids(level)
-    expected = _logits(masked, ids)
-    assert (_logits(sliced, ids) - expected).abs().max() <= TOLERANCE
-    assert (_logits(level.base.load(), ids) - expected).abs().max() > 100 * TOLERANCE, "the cut must be felt"
-    assert _greedy(sliced, ids) == _greedy(masked, ids)
-
-
-def test_generation_is_the_same_with_and_without_cache(level: Level):
-    model, ids = level.load(), _ids(level, 9)
-    assert _greedy(model, ids, use_cache=True) == _greedy(model, ids, use_cache=False)
-    assert _greedy(model, ids, cache_implementation="static") == _greedy(model, ids, use_cache=False)
-
-
-def test_a_left_padded_batch_generates_what_each_prompt_does_alone(level: Level):
-    model, long, short = level.load(), _ids(level, 11), _ids(level, 6, seed=1)
-    padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), short], dim=1)
-    mask = torch.ones(2, 11, dtype=torch.int64)
-    mask[1, :5] = 0
-    together = _greedy(model, torch.cat([long, padded]), mask)
-    assert together == [_greedy(model, long)[0], _greedy(model, short)[0]]
-
-
-def test_eager_attention_equals_sdpa(level: Level):
-    model, ids = level.load(), _ids(level)
-    assert model.config._attn_implementation == "sdpa"
-    expected = _logits(model, ids)
-    model.set_attn_implementation("eager")
-    # Weights come out of eager attention only: so the switch was seen by the layers.
-    attentions = model(input_ids=ids, output_attentions=True).attentions
-    per_layer = level.config["per_layer_config"]
-    assert [a.shape[1] for a in attentions] == [per_layer[str(i)]["num_attention_heads"] for i in range(len(per_layer))]
-    assert (_logits(model, ids) - expected).abs().max() <= TOLERANCE
-    assert torch.triu(attentions[0][0, 0], diagonal=1).abs().max() == 0, "attention is causal"
-
-
-def test_save_pretrained_round_trip_is_exact(level: Level, tmp_path: Path):
-    model = level.load()
-    model.save_pretrained(tmp_path / "again")
-    again = load_model(tmp_path / "again", dtype="float32", trust_remote_code=True, device="cpu")
-    assert type(again).__name__ == level.class_name
-    before, after = model.state_dict(), again.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(_logits(model, _ids(level)), _logits(again, _ids(level)))
+# ---- the same function, in memory ----
 
 
 def test_the_decoder_loads_without_its_head(level: Level):
@@ -203,19 +135,19 @@ def test_the_decoder_loads_without_its_head(level: Level):
 
 
 def test_slicing_in_memory_gives_the_checkpoint(level: Level):
-    geometry, keep = geometry_of(level.base.config), _keep_sets(level.base.config, level.kept)
+    geometry, keep = geometry_of(level.base.config), level.keep
     model = level.base.load()
     slice_model(model, geometry, now=KeepSets.everything(geometry), wanted=keep)
     checkpoint = level.load().state_dict()
     assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(_logits(model, _ids(level)), _logits(level.load(), _ids(level)))
+    assert torch.equal(logits(model, _ids(level)), logits(level.load(), _ids(level)))
 
 
 def test_mask_model_zeroes_what_a_hand_would(level: Level):
-    geometry, keep = geometry_of(level.base.config), _keep_sets(level.base.config, level.kept)
+    geometry, keep = geometry_of(level.base.config), level.keep
     model = level.base.load()
     mask_model(model, geometry, keep)
-    expected = _masked(level).state_dict()
+    expected = masked(level.base, level.keep).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
@@ -223,7 +155,7 @@ def test_mask_model_zeroes_what_a_hand_would(level: Level):
 
 
 def test_sizes_on_disk_are_those_of_the_geometry(level: Level):
-    geometry, keep = geometry_of(level.base.config), _keep_sets(level.base.config, level.kept)
+    geometry, keep = geometry_of(level.base.config), level.keep
     headers = _headers(level.path)
     parameters = sum(int(np.prod(entry["shape"])) for entry in headers.values())
     assert parameters == level.written == geometry.parameters_of(keep) + geometry.other_parameters
@@ -278,7 +210,7 @@ def test_a_sharded_base_model_gives_the_same_bytes(level: Level, tmp_path: Path)
     base = level.base.load()
     base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
-    geometry, keep = geometry_of(level.base.config), _keep_sets(level.base.config, level.kept)
+    geometry, keep = geometry_of(level.base.config), level.keep
     write_checkpoint(tmp_path / "base", tmp_path / "out", geometry=geometry, keep=keep, dtype="float32")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (level.path / "model.safetensors").read_bytes()
 
@@ -327,4 +259,6 @@ def test_loads_in_a_process_that_has_no_gisp(tiny_models, written, random_keep, 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert results == [[level.class_name, _greedy(_masked(level), _ids(level, 7))[0]] for level in levels]
+    assert results == [
+        [level.class_name, greedy(masked(level.base, level.keep), _ids(level, 7))[0]] for level in levels
+    ]

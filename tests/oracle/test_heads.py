@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from subnetworks import masked, random_heads
 from torch.nn import functional
 
 from gisp_tasks.errors import InputError, NumericsError
@@ -28,7 +29,6 @@ from gisp_tasks.pruning.surgery import slice_model
 from gisp_tasks.tasks.materialize import materialize_from_order
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-TOLERANCE = 1e-3
 LENGTHS = [13, 8, 13, 3]
 
 
@@ -203,28 +203,6 @@ def test_without_shared_key_value_heads_the_granularities_are_one():
 # ---- scores ----
 
 
-def random_keep(config: dict[str, Any], seed: int = 3) -> KeepSets:
-    """A random subnetwork of a model, in query heads."""
-    geometry = geometry_of(config, granularity="head")
-    generator = np.random.default_rng(seed)
-    keep = KeepSets.everything(geometry)
-    keep.attention[:] = generator.random(keep.attention.shape) < 0.6
-    keep.mlp[:] = generator.random(keep.mlp.shape) < 0.6
-    return keep
-
-
-def masked(model, keep: KeepSets, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The stock dense model with the o and down columns of what went set to zero, by hand."""
-    network, head_dim = model.load(dtype), model.config["head_dim"]
-    width = head_dim * (model.config["num_attention_heads"] // keep.attention.shape[1])
-    with torch.no_grad():
-        for layer, heads, channels in zip(network.model.layers, keep.attention, keep.mlp, strict=True):
-            for head in np.flatnonzero(~heads).tolist():
-                layer.self_attn.o_proj.weight[:, head * width : (head + 1) * width] = 0
-            layer.mlp.down_proj.weight[:, np.flatnonzero(~channels).tolist()] = 0
-    return network
-
-
 def sequence_loss(network: torch.nn.Module, sequence: np.ndarray) -> torch.Tensor:
     ids = torch.from_numpy(sequence.astype(np.int64))[None]
     return functional.cross_entropy(network(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:])
@@ -249,7 +227,7 @@ def scores_of(model, keep: KeepSets, sequences: list[np.ndarray], score: str) ->
 @pytest.fixture
 def pruned(tiny) -> KeepSets:
     """A random subnetwork with one layer that has no attention left, and one without an MLP."""
-    keep = random_keep(tiny.config)
+    keep = random_heads(tiny.config)
     keep.attention[1], keep.mlp[2] = False, False
     return keep
 
@@ -322,31 +300,13 @@ def written() -> dict[Path, Level]:
 def level(model, written: dict[Path, Level], tmp_path_factory) -> Level:
     """A random subnetwork of each model, with an empty attention and an empty MLP, written in float32."""
     if model.path not in written:
-        keep, geometry = random_keep(model.config), geometry_of(model.config, granularity="head")
+        keep, geometry = random_heads(model.config), geometry_of(model.config, granularity="head")
         keep.attention[1], keep.mlp[2] = False, False
         keep = KeepSets(keep.attention, keep.mlp, dead_width=8)
         out = tmp_path_factory.mktemp("heads")
         count = write_checkpoint(model.path, out, geometry=geometry, keep=keep, dtype="float32")
         written[model.path] = Level(model, geometry, keep, out, count)
     return written[model.path]
-
-
-def greedy(network: torch.nn.Module, ids: torch.Tensor, **options: Any) -> list[list[int]]:
-    with torch.inference_mode():
-        return network.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0, **options
-        ).tolist()
-
-
-def test_logits_and_greedy_tokens_equal_the_masked_model(level: Level):
-    ids = torch.from_numpy(np.random.default_rng(0).integers(3, level.base.config["vocab_size"], (2, 15)))
-    network, dense = level.load(), masked(level.base, level.keep)
-    with torch.inference_mode():
-        expected, found = dense(input_ids=ids).logits, network(input_ids=ids).logits
-        unpruned = level.base.load()(input_ids=ids).logits
-    assert (found - expected).abs().max() <= TOLERANCE
-    assert (unpruned - expected).abs().max() > 30 * TOLERANCE, "the cut must be felt"
-    assert greedy(network, ids[:1]) == greedy(dense, ids[:1]) == greedy(network, ids[:1], use_cache=False)
 
 
 def test_parameters_on_disk_are_those_that_are_counted(level: Level):

@@ -1,10 +1,8 @@
-"""Greedy tokens of a level in vLLM, as JSON on the last line: `python serve.py DIRECTORY [--trust-remote-code]`."""
+"""Greedy tokens of a level in vLLM, as a line of JSON: `python serve.py DIRECTORY [--trust-remote-code]`."""
 
 import json
 import sys
 from pathlib import Path
-
-from vllm import LLM, SamplingParams
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was a", "def add(a, b):")
 NEW_TOKENS = 24
@@ -12,6 +10,8 @@ NEW_TOKENS = 24
 
 def main() -> None:
     """Serve, generate, print."""
+    from vllm import LLM, SamplingParams
+
     directory, *flags = sys.argv[1:]
     llm = LLM(directory, dtype="float32", trust_remote_code="--trust-remote-code" in flags, max_model_len=256,
               enforce_eager=True)  # fmt: skip
