@@ -254,11 +254,11 @@ def evaluate(
         typer.Option("--gguf-type", help="Of the matrices that `--task speed` gives llama.cpp; by default --dtype."),
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that DIR carries, other than a level's own.")
+        bool, typer.Option("--trust-remote-code", help="Run code that DIR carries; a level needs none.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure any checkpoint as the pipeline does. The code of a level, byte for byte this package's, is run."""
+    """Measure any checkpoint as the pipeline does. Levels are loaded by this package, not by code that they carry."""
     from gisp_tasks.recipe.reading import apply_settings
     from gisp_tasks.tasks.measure import measure
     from gisp_tasks.tasks.measure_speed import measure_speed
@@ -270,21 +270,15 @@ def evaluate(
     for directory in (checkpoint, *([dense] if dense else [])):
         if not (directory / "config.json").is_file():
             raise InputError(f"{directory}: no config.json was found; give the directory of a Hugging Face checkpoint")
-    from gisp_tasks.export.code import may_run_code
-
-    # A set, so that each of them is checked.
-    code = True in {
-        may_run_code(directory, allowed=trust_remote_code) for directory in (checkpoint, dense) if directory
-    }
     results = {
-        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=code)
+        name: measure(checkpoint, name, getattr(section, name), dtype=dtype, trust_remote_code=trust_remote_code)
         for name in task
         if name != "speed"
     }
     if section.speed is not None:
         matrices = gguf_type.value if gguf_type else None
         results["speed"] = measure_speed(
-            checkpoint, section.speed, dense=dense, dtype=dtype, gguf=matrices, trust_remote_code=code
+            checkpoint, section.speed, dense=dense, dtype=dtype, gguf=matrices, trust_remote_code=trust_remote_code
         )
     if as_json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")

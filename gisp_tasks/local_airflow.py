@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gisp_tasks.cache import cache_directory
 from gisp_tasks.errors import GispError, PermanentError
 from gisp_tasks.recipe import Recipe
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DAGS_FOLDER = Path(__file__).parent.parent / "dags"
-CACHE = Path(os.environ.get("GISP_CACHE", "~/.cache/gisp")).expanduser()
+CACHE = cache_directory()
 Event = Callable[[str, str], None]
 """Called with a task's id and ``running``, ``success``, ``skipped`` or ``failed``."""
 

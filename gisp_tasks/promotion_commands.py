@@ -75,7 +75,7 @@ def _registry(tracking_uri: str) -> Any:
     from gisp_tasks.stores.registry import MlflowRegistry
 
     registry = MlflowRegistry(tracking_uri)
-    registry.check()
+    registry.check(create=False)
     return registry
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gisp_tasks.cache import cache_directory
 from gisp_tasks.data import embedded, hub
 from gisp_tasks.data.readers import Row, count_rows, read_rows
 from gisp_tasks.errors import InputError
@@ -250,7 +251,7 @@ def _embedded(dataset: str, split: str) -> Source:
 
 def _cached(data: bytes) -> Path:
     """A file with these bytes in this package's cache directory, named by their digest."""
-    cache = Path(os.environ.get("GISP_CACHE", "~/.cache/gisp")).expanduser() / "embedded"
+    cache = cache_directory() / "embedded"
     path = cache / f"{sha256_bytes(data)}.jsonl"
     try:
         if path.is_file() and path.read_bytes() == data:

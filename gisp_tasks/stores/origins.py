@@ -17,7 +17,6 @@ An *origin* pins a revision for good and fetches its files; `stores.model_source
 """
 
 import hashlib
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
@@ -26,6 +25,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
+from gisp_tasks.cache import cache_directory
 from gisp_tasks.errors import InputError, RetryableError
 from gisp_tasks.recipe import HUB_COMMIT, HUB_ID, RELEASE
 from gisp_tasks.stores.artifacts import open_store
@@ -238,8 +238,7 @@ def is_hub_id(source: str) -> bool:
 
 def cache_of(address: str) -> Path:
     """The directory of this machine for copies of the model at an address."""
-    cache = Path(os.environ.get("GISP_CACHE", "~/.cache/gisp")).expanduser()
-    return cache / "models" / hashlib.sha256(address.encode()).hexdigest()[:16]
+    return cache_directory() / "models" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 def copy_files(names: Collection[str], directory: Path, copy: Callable[[str, Path], object]) -> Path:

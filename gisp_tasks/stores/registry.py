@@ -158,9 +158,10 @@ class MlflowRegistry:
         missing = not create and not self._database.is_file()
         found = "there is no such file" if missing else self._probe_database()
         if found is not None:
+            cure = "or name one that does not exist yet" if create else "or name the registry that knows the models"
             raise InputError(
                 f"publish.mlflow.tracking_uri={self._uri}: {_shorten(found)}; a database file that MLflow can write is "
-                f"needed. Correct the path or its permissions, or name one that does not exist yet"
+                f"needed. Correct the path or its permissions, {cure}"
             )
 
     def check_source(self, uri: str) -> None:

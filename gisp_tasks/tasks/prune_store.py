@@ -13,12 +13,10 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gisp_tasks.errors import InputError
 from gisp_tasks.pruning.plan import Keys
 from gisp_tasks.stores.artifacts import Store, StoredObject, open_store
 from gisp_tasks.stores.registry import Inventory, MlflowRegistry
@@ -130,15 +128,9 @@ def remove(store_uri: str, retention: Retention, *, tracking_uri: str) -> Retent
 
 
 def _registry(tracking_uri: str) -> MlflowRegistry:
-    """The registry, after it answered. A database file that is missing would be made, and would know of nothing."""
-    database = Path(tracking_uri.removeprefix("sqlite:///"))
-    if tracking_uri.startswith("sqlite:///") and not database.is_file():
-        raise InputError(
-            f"{tracking_uri} was asked what is in use, and there is no such file; only a registry that knows the runs "
-            f"of this store can release them. Correct --tracking-uri, or MLFLOW_TRACKING_URI"
-        )
+    """The registry that knows what is in use, after it answered."""
     registry = MlflowRegistry(tracking_uri)
-    registry.check()
+    registry.check(create=False)  # a new database would know of nothing
     return registry
 
 

@@ -3,7 +3,6 @@
 import ast
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,10 @@ import pytest
 import yaml
 
 from gisp_tasks.errors import InputError
-from gisp_tasks.export.code import may_run_code
+from gisp_tasks.export.huggingface import write_checkpoint
+from gisp_tasks.export.reload import load_model, load_tokenizer
+from gisp_tasks.pruning.families import geometry_of
+from gisp_tasks.pruning.structures import KeepSets
 from gisp_tasks.recipe import ModelSection, Recipe
 from gisp_tasks.stores import model_source
 
@@ -187,41 +189,35 @@ def test_code_is_off_unless_a_recipe_allows_it() -> None:
 
 
 @pytest.fixture
-def level(tmp_path: Path) -> Path:
-    """The part of a level that runs: its configuration and this package's modelling file."""
-    directory = tmp_path / "level"
-    directory.mkdir()
-    (directory / "config.json").write_text('{"auto_map": {"AutoConfig": "modeling_pruned.PrunedLlamaConfig"}}')
-    own = ROOT / "gisp_tasks/export/modeling/modeling_pruned.py"
-    (directory / own.name).write_bytes(own.read_bytes())
+def level(testdata: Path, tmp_path: Path) -> Path:
+    """A level whose own code, run as a model or as a tokenizer, would leave a file ``ran`` behind."""
+    base, directory = testdata / "models/stories260K", tmp_path / "level"
+    geometry = geometry_of(json.loads((base / "config.json").read_text()))
+    write_checkpoint(base, directory, geometry=geometry, keep=KeepSets.everything(geometry), dtype="float32")
+    payload = f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    (directory / "modeling_pruned.py").write_text(payload)
+    (directory / "tokenization_own.py").write_text(payload)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_own.T", None]}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
 
 
-def test_the_code_of_a_level_runs_and_a_stock_checkpoint_needs_none(level: Path, model: Path) -> None:
-    assert may_run_code(level, allowed=False)
-    assert not may_run_code(model, allowed=False)
+def test_a_level_is_loaded_without_the_code_that_it_carries(level: Path) -> None:
+    assert type(load_model(level, dtype="float32")).__name__ == "PrunedLlamaForCausalLM"
+    load_tokenizer(level)
+    assert not (level.parent / "ran").exists()
 
 
-def _edited(level: Path) -> None:
-    with (level / "modeling_pruned.py").open("a") as file:
-        file.write("\n")
-
-
-def _another(level: Path) -> None:
-    (level / "tokenization_own.py").write_text("")
-    (level / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_own.T", null]}}')
-
-
-def _foreign(level: Path) -> None:
-    (level / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["a/b--tokenization.T", null]}}')
-
-
-@pytest.mark.parametrize("spoil", [_edited, _another, _foreign])
-def test_other_code_is_not_run_unless_allowed(level: Path, spoil: Callable[[Path], None]) -> None:
-    spoil(level)
-    with pytest.raises(InputError, match=r"not this package's .*--trust-remote-code"):
-        may_run_code(level, allowed=False)
-    assert may_run_code(level, allowed=True)
+def test_code_of_other_checkpoints_is_not_run_unless_allowed(level: Path) -> None:
+    config = json.loads((level / "config.json").read_text())
+    (level / "config.json").write_text(json.dumps({**config, "model_type": "own"}))
+    with pytest.raises(InputError, match="trust_remote_code"):
+        load_model(level, dtype="float32")
+    assert not (level.parent / "ran").exists()
+    with pytest.raises(AttributeError, match="PrunedLlamaConfig"):  # it ran, and holds no model
+        load_model(level, dtype="float32", trust_remote_code=True)
+    assert (level.parent / "ran").exists()
 
 
 # Recipes.
