@@ -74,9 +74,7 @@ def rollback(
 def _registry(tracking_uri: str) -> Any:
     from gisp_tasks.stores.registry import MlflowRegistry
 
-    registry = MlflowRegistry(tracking_uri)
-    registry.check(create=False)
-    return registry
+    return MlflowRegistry.existing(tracking_uri)
 
 
 def _say(outcome: dict[str, Any], *, as_json: bool) -> None:

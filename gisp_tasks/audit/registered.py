@@ -36,9 +36,8 @@ def check_registry(audit: Audit, subject: Subject, tracking_uri: str | None) -> 
                 "address"
             )
             return
-        registry = MlflowRegistry(tracking_uri)
         try:
-            registry.check(create=False)
+            registry = MlflowRegistry.existing(tracking_uri)
         except InputError as error:
             audit.notes.append(f"the registry was not checked: {error}")
             return
@@ -52,7 +51,6 @@ def _check_versions(audit: Audit, subject: Subject, registry: MlflowRegistry, mo
     for level in subject.level_records:
         where = f"{model_name}, {level['name']}"
         own = [v for v in versions if v.tags.get(RUN_TAG) == run_id and v.tags.get(LEVEL_TAG) == level["name"]]
-        _check_champion(audit, model_name, level["name"], versions, aliases)
         source = f"{subject.store.uri}/levels/{level['name']}"
         found = next((version for version in own if version.source == source), None)
         if found is None:
@@ -63,6 +61,7 @@ def _check_versions(audit: Audit, subject: Subject, registry: MlflowRegistry, mo
             _check_tags(audit, subject, level, found)
             holder = aliases.get(alias_name(level["name"]))
             _check_alias(audit, level, found, _numbered(versions, holder))
+    _check_champions(audit, subject, model_name, versions, aliases)
 
 
 def _check_tags(audit: Audit, subject: Subject, level: Json, version: RegisteredVersion) -> None:
@@ -104,14 +103,14 @@ def _check_alias(audit: Audit, level: Json, own: RegisteredVersion, holder: Regi
         )
 
 
-def _check_champion(
-    audit: Audit, model_name: str, level: str, versions: list[RegisteredVersion], aliases: Mapping[str, int]
+def _check_champions(
+    audit: Audit, subject: Subject, model_name: str, versions: list[RegisteredVersion], aliases: Mapping[str, int]
 ) -> None:
-    """The champion of the level, of whichever run, is what was decided last."""
-    alias = champion_alias(level)
-    decisions = [facts for version in versions for facts in tagged_entries(version).values() if facts["alias"] == alias]
-    held = {name: number for name, number in aliases.items() if name == alias}
-    for problem in unexplained(held, decisions):
+    """The champion of each level, of whichever run, is what was decided last."""
+    own = {champion_alias(level["name"]) for level in subject.level_records}
+    decisions = [facts for version in versions for facts in tagged_entries(version).values() if facts["alias"] in own]
+    held = {alias: number for alias, number in aliases.items() if alias in own}
+    for alias, problem in unexplained(held, decisions).items():
         audit.find(CHECK, f"{model_name}@{alias}", problem)
 
 

@@ -164,6 +164,18 @@ class MlflowRegistry:
                 f"needed. Correct the path or its permissions, {cure}"
             )
 
+    @classmethod
+    def existing(cls, tracking_uri: str) -> "MlflowRegistry":
+        """A registry that is there already, and answers: a new database would know of nothing.
+
+        Raises:
+            InputError: as in `check`, or there is no such database file.
+            RegistryUnavailableError: as in `check`.
+        """
+        registry = cls(tracking_uri)
+        registry.check(create=False)
+        return registry
+
     def check_source(self, uri: str) -> None:
         """Whether a version may point below ``uri``.
 

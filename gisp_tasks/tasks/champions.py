@@ -1,6 +1,6 @@
 """What a person does with champions from the command line: approve a version, roll one back, read how it came about."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from uuid import uuid4
 
 from gisp_tasks.errors import InputError, IntegrityError
@@ -93,7 +93,7 @@ def history(registry: MlflowRegistry, model_name: str) -> Json:
         found, wrong = _events(Promotable(registry, version))
         events += found
         problems += wrong
-    problems += unexplained(champions, events)
+    problems += unexplained(champions, events).values()
     return {
         "model_name": model_name,
         "champions": champions,
@@ -112,8 +112,8 @@ def history(registry: MlflowRegistry, model_name: str) -> Json:
     }
 
 
-def unexplained(champions: Mapping[str, int], decisions: Sequence[Json]) -> Iterator[str]:
-    """Champions that are not what was decided last.
+def unexplained(champions: Mapping[str, int], decisions: Sequence[Json]) -> dict[str, str]:
+    """Champions that are not what was decided last: alias -> what is wrong.
 
     Args:
         champions: alias -> version, as the registry has them.
@@ -121,12 +121,16 @@ def unexplained(champions: Mapping[str, int], decisions: Sequence[Json]) -> Iter
     """
     moves = [facts for facts in decisions if facts["action"] in ("promoted", "rolled_back") and facts["applied_at"]]
     decided = {facts["alias"]: facts["version"] for facts in sorted(moves, key=lambda facts: facts["applied_at"])}
+    problems = {}
     for alias in sorted(champions.keys() | decided.keys()):
         found, expected = champions.get(alias), decided.get(alias)
         if found is None:
-            yield f"{alias} is gone, and version {expected} was made champion last: it was removed by other means"
+            problems[alias] = (
+                f"{alias} is gone, and version {expected} was made champion last: it was removed by other means"
+            )
         elif found != expected:
-            yield f"{alias} points to version {found}, and no entry says so: it was moved by other means"
+            problems[alias] = f"{alias} points to version {found}, and no entry says so: it was moved by other means"
+    return problems
 
 
 def levels_of(registry: MlflowRegistry, model_name: str) -> list[RegisteredVersion]:

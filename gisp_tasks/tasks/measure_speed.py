@@ -1,6 +1,5 @@
 """The speed of a checkpoint beside the dense model's: in torch, and in llama.cpp where that is installed."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -86,19 +85,17 @@ def _in_llama_cpp(directories: Mapping[str, Path], section: SpeedEvaluation, dty
     import torch
 
     from gisp_tasks.evaluation import speed_llama_cpp
-    from gisp_tasks.export.gguf import require_supported, write_gguf
+    from gisp_tasks.export.gguf import write_gguf
 
-    try:
-        for directory in directories.values():
-            require_supported(json.loads((directory / "config.json").read_text()), directory)
-    except InputError as error:
-        logger.info("speed is not measured in llama.cpp: %s", error)
-        return {"metrics": {}, "protocol": {}}
     threads = torch.get_num_threads()
     with scratch() as place:
         files = {name: place / f"{name}.gguf" for name in directories}
-        for name, directory in directories.items():
-            write_gguf(directory, files[name], dtype=dtype, name=name)
+        try:
+            for name, directory in directories.items():
+                write_gguf(directory, files[name], dtype=dtype, name=name)
+        except InputError as error:
+            logger.info("speed is not measured in llama.cpp: %s", error)
+            return {"metrics": {}, "protocol": {}}
         measured = speed_llama_cpp.measure_speed(files, section, threads=threads)
         sizes = {name: file.stat().st_size for name, file in files.items()}
     metrics = {**_rates("speed_llama_cpp", measured), "speed_llama_cpp_file_bytes": float(sizes[_THIS])}

@@ -84,7 +84,7 @@ def review(store_uri: str, *, tracking_uri: str, keep_days: float) -> Retention:
         InputError: the registry refuses or is not there yet, or the store refuses.
         RegistryUnavailableError: the registry does not answer.
     """
-    registry, store = _registry(tracking_uri), open_store(store_uri)
+    registry, store = MlflowRegistry.existing(tracking_uri), open_store(store_uri)
     objects = _by_run(store)
     origins = {run_id: _origin(store, run_id, items) for run_id, items in objects.items()}
     inventory = registry.inventory()
@@ -114,7 +114,7 @@ def remove(store_uri: str, retention: Retention, *, tracking_uri: str) -> Retent
     Raises:
         RegistryUnavailableError: the registry went away; runs that were not yet removed stay.
     """
-    registry, store = _registry(tracking_uri), open_store(store_uri)
+    registry, store = MlflowRegistry.existing(tracking_uri), open_store(store_uri)
     removed = []
     for run in retention.going:
         if found := _registered(registry.inventory()).get(run.run_id):
@@ -125,13 +125,6 @@ def remove(store_uri: str, retention: Retention, *, tracking_uri: str) -> Retent
         logger.info("%s: removed, %d bytes", run.run_id, run.num_bytes)
         removed.append(run)
     return Retention(tuple(removed))
-
-
-def _registry(tracking_uri: str) -> MlflowRegistry:
-    """The registry that knows what is in use, after it answered."""
-    registry = MlflowRegistry(tracking_uri)
-    registry.check(create=False)  # a new database would know of nothing
-    return registry
 
 
 def _removal_rank(key: str) -> tuple[int, str]:

@@ -1,12 +1,16 @@
-"""Subnetworks by hand: which structures stay at random, and the stock dense model with the rest set to zero."""
+"""Subnetworks by hand: which structures stay, the stock dense model with the rest set to zero, and the level cut so."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from gisp_tasks.export.huggingface import write_checkpoint
+from gisp_tasks.export.reload import load_model
 from gisp_tasks.pruning.families import geometry_of
-from gisp_tasks.pruning.structures import KeepSets
+from gisp_tasks.pruning.structures import Geometry, KeepSets
 
 
 def random_heads(config: dict[str, Any], seed: int = 3, *, granularity: str = "head") -> KeepSets:
@@ -28,6 +32,31 @@ def masked(model: Any, keep: KeepSets, dtype: torch.dtype = torch.float32) -> to
                 layer.self_attn.o_proj.weight[:, head * width : (head + 1) * width] = 0
             layer.mlp.down_proj.weight[:, np.flatnonzero(~channels).tolist()] = 0
     return network
+
+
+@dataclass(frozen=True)
+class Level:
+    """A float32 checkpoint, the model that it was cut from, what was kept, and the parameters written."""
+
+    base: Any
+    geometry: Geometry
+    keep: KeepSets
+    path: Path
+    written: int
+
+    def load(self) -> torch.nn.Module:
+        return load_model(self.path, dtype="float32", trust_remote_code=True, device="cpu")
+
+    def masked(self) -> torch.nn.Module:
+        return masked(self.base, self.keep)
+
+
+def write_level(model: Any, keep: KeepSets, directory: Path, *, granularity: str) -> Level:
+    """Cut a model by what it keeps; where a layer keeps nothing, eight dead channels stand for its MLP."""
+    geometry = geometry_of(model.config, granularity=granularity)
+    keep = KeepSets(keep.attention, keep.mlp, dead_width=8)
+    written = write_checkpoint(model.path, directory, geometry=geometry, keep=keep, dtype="float32")
+    return Level(model, geometry, keep, directory, written)
 
 
 def logits(network: torch.nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tensor:

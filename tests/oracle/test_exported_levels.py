@@ -9,54 +9,31 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf_models import SIZES, byte_level
-from subnetworks import greedy, logits, masked, random_heads
+from subnetworks import Level, greedy, logits, random_heads, write_level
 
-from gisp_tasks.export.huggingface import write_checkpoint
 from gisp_tasks.export.mlmodel import write_mlmodel
 from gisp_tasks.export.reload import load_model
-from gisp_tasks.pruning.families import geometry_of
-from gisp_tasks.pruning.structures import KeepSets
 
 # Of logits up to 32 in size, float32. Heads of a shared key/value head are rearranged, so sums run in another order.
 TOLERANCE = {"kv_group": 2e-4, "head": 1e-3}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-@dataclass(frozen=True)
-class Level:
-    """A checkpoint, the model that it was cut from, and what was kept."""
-
-    base: Any
-    keep: KeepSets
-    granularity: str
-    path: Path
-
-    def load(self) -> torch.nn.Module:
-        return load_model(self.path, dtype="float32", trust_remote_code=True, device="cpu")
-
-    def masked(self) -> torch.nn.Module:
-        return masked(self.base, self.keep)
-
-    def ids(self, length: int, seed: int = 0) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(3, self.base.config["vocab_size"], (1, length), generator=generator)
+def _ids(level: Level, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, level.base.config["vocab_size"], (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 def _write(model: Any, granularity: str, directory: Path) -> Level:
-    geometry = geometry_of(model.config, granularity=granularity)
     keep = random_heads(model.config, granularity=granularity)
     keep.attention[0] = True
     keep.mlp[0] = True
-    keep = KeepSets(keep.attention, keep.mlp, dead_width=8)
-    write_checkpoint(model.path, directory, geometry=geometry, keep=keep, dtype="float32")
-    return Level(model, keep, granularity, directory)
+    return write_level(model, keep, directory, granularity=granularity)
 
 
 @pytest.fixture(scope="session")
@@ -80,21 +57,21 @@ def level(every_model: Any, granularity: str, written: dict[Any, Level], tmp_pat
 
 
 def test_logits_and_greedy_tokens_equal_the_masked_model(level: Level) -> None:
-    sliced, dense, ids = level.load(), level.masked(), level.ids(20)
-    expected, tolerance = logits(dense, ids), TOLERANCE[level.granularity]
+    sliced, dense, ids = level.load(), level.masked(), _ids(level, 20)
+    expected, tolerance = logits(dense, ids), TOLERANCE[level.geometry.granularity]
     assert (logits(sliced, ids) - expected).abs().max() <= tolerance
     assert (logits(level.base.load(), ids) - expected).abs().max() > 30 * tolerance, "the cut must be felt"
     assert greedy(sliced, ids) == greedy(dense, ids)
 
 
 def test_generation_is_the_same_with_and_without_cache(level: Level) -> None:
-    model, ids = level.load(), level.ids(9)
+    model, ids = level.load(), _ids(level, 9)
     assert greedy(model, ids, use_cache=True) == greedy(model, ids, use_cache=False)
     assert greedy(model, ids, cache_implementation="static") == greedy(model, ids, use_cache=False)
 
 
 def test_a_left_padded_batch_generates_what_each_prompt_does_alone(level: Level) -> None:
-    model, long, short = level.load(), level.ids(11), level.ids(6, seed=1)
+    model, long, short = level.load(), _ids(level, 11), _ids(level, 6, seed=1)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), short], dim=1)
     mask = torch.ones(2, 11, dtype=torch.int64)
     mask[1, :5] = 0
@@ -103,7 +80,7 @@ def test_a_left_padded_batch_generates_what_each_prompt_does_alone(level: Level)
 
 
 def test_eager_attention_equals_sdpa(level: Level) -> None:
-    model, ids = level.load(), level.ids(20)
+    model, ids = level.load(), _ids(level, 20)
     assert model.config._attn_implementation == "sdpa"
     expected = logits(model, ids)
     model.set_attn_implementation("eager")
@@ -111,7 +88,7 @@ def test_eager_attention_equals_sdpa(level: Level) -> None:
     attentions = model(input_ids=ids, output_attentions=True).attentions
     per_layer = json.loads((level.path / "config.json").read_text())["per_layer_config"]
     assert [a.shape[1] for a in attentions] == [per_layer[str(i)]["num_attention_heads"] for i in range(len(per_layer))]
-    assert (logits(model, ids) - expected).abs().max() <= TOLERANCE[level.granularity]
+    assert (logits(model, ids) - expected).abs().max() <= TOLERANCE[level.geometry.granularity]
     assert torch.triu(attentions[0][0, 0], diagonal=1).abs().max() == 0, "attention is causal"
 
 
@@ -123,7 +100,7 @@ def test_save_pretrained_round_trip_is_exact(level: Level, tmp_path: Path) -> No
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(logits(model, level.ids(20)), logits(again, level.ids(20)))
+    assert torch.equal(logits(model, _ids(level, 20)), logits(again, _ids(level, 20)))
 
 
 # ---- with a tokenizer ----
@@ -169,7 +146,7 @@ def test_lm_eval_weighs_answers_as_the_masked_model_does(families: list[Level]) 
             tokens = tokenizer(QUESTION + answer).input_ids
             scores = logits(dense, torch.tensor([tokens]))[0].log_softmax(dim=-1)
             expected = sum(float(scores[i - 1, tokens[i]]) for i in range(len(prompt), len(tokens)))
-            assert loglikelihood == pytest.approx(expected, abs=len(tokens) * TOLERANCE[level.granularity])
+            assert loglikelihood == pytest.approx(expected, abs=len(tokens) * TOLERANCE[level.geometry.granularity])
 
 
 def test_mlflow_serves_what_the_masked_model_says(families: list[Level], tmp_path: Path) -> None:

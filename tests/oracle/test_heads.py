@@ -1,9 +1,7 @@
 """Query heads as structures: scores, what is counted, and the checkpoint, against masked models and naive recounts."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +9,11 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from subnetworks import masked, random_heads
+from subnetworks import Level, masked, random_heads, write_level
 from torch.nn import functional
 
 from gisp_tasks.errors import InputError, NumericsError
-from gisp_tasks.export.huggingface import write_checkpoint
-from gisp_tasks.export.reload import load_model, prove_reload
+from gisp_tasks.export.reload import prove_reload
 from gisp_tasks.pruning import importance, objectives
 from gisp_tasks.pruning.families import geometry_of
 from gisp_tasks.pruning.importance import ScoringSettings
@@ -278,18 +275,6 @@ def test_gate_fisher_scores_are_squared_derivatives_by_a_gate(tiny, pruned, rand
 # ---- the checkpoint ----
 
 
-@dataclass(frozen=True)
-class Level:
-    base: Any
-    geometry: Geometry
-    keep: KeepSets
-    path: Path
-    written: int
-
-    def load(self) -> torch.nn.Module:
-        return load_model(self.path, dtype="float32", trust_remote_code=True, device="cpu")
-
-
 @pytest.fixture(scope="session")
 def written() -> dict[Path, Level]:
     """Levels written so far: most tests read the same one."""
@@ -300,12 +285,9 @@ def written() -> dict[Path, Level]:
 def level(model, written: dict[Path, Level], tmp_path_factory) -> Level:
     """A random subnetwork of each model, with an empty attention and an empty MLP, written in float32."""
     if model.path not in written:
-        keep, geometry = random_heads(model.config), geometry_of(model.config, granularity="head")
+        keep = random_heads(model.config)
         keep.attention[1], keep.mlp[2] = False, False
-        keep = KeepSets(keep.attention, keep.mlp, dead_width=8)
-        out = tmp_path_factory.mktemp("heads")
-        count = write_checkpoint(model.path, out, geometry=geometry, keep=keep, dtype="float32")
-        written[model.path] = Level(model, geometry, keep, out, count)
+        written[model.path] = write_level(model, keep, tmp_path_factory.mktemp("heads"), granularity="head")
     return written[model.path]
 
 

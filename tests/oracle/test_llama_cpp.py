@@ -138,7 +138,7 @@ def _perplexity(score: Callable[[list[int]], torch.Tensor], tokens: Any) -> floa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
-def test_perplexity_is_that_of_torch(level: str, run: Any, tmp_path: Path, record_property: Any) -> None:
+def test_perplexity_is_that_of_torch(level: str, run: Any, tmp_path: Path) -> None:
     directory, tokens = run
     checkpoint = directory / f"levels/{level}/model"
     model = load_model(checkpoint, dtype="float32")
